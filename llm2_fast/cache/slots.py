@@ -1,0 +1,125 @@
+"""`SlotCache`: keys and values of many sequences for Hugging Face models, one dense slot per sequence."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Cache
+
+
+class SlotCache(Cache):
+    """Committed prefixes of many sequences, and behind each the rows of the last forward pass.
+
+    Slot s holds `lengths[s]` committed positions. A forward pass stores its rows right behind them; `advance` commits
+    the first of those rows, `keep_row` one of them, and what is not committed is overwritten by the next pass. So
+    rejecting a branch costs nothing and commits of branches move one row per layer.
+
+    Storage is [num_slots, num_kv_heads, capacity, head_dim] per layer, grown by doubling in both directions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.lengths: list[int] = []
+        self._free: list[int] = []
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+        self._capacity = 0
+        self._slots = self._positions = torch.empty(0, dtype=torch.long)
+        self._visible = 0
+
+    def allocate(self) -> int:
+        """An empty slot."""
+        if not self._free:
+            self._grow_slots()
+        slot = self._free.pop()
+        self.lengths[slot] = 0
+        return slot
+
+    def free(self, slot: int) -> None:
+        """Give `slot` back. Its content is cleared: a NaN left behind would reach the next user through 0 * NaN."""
+        for storage in (*self._keys, *self._values):
+            storage[slot].zero_()
+        self.lengths[slot] = 0
+        self._free.append(slot)
+
+    def fork(self, slot: int) -> int:
+        """A new slot with the committed prefix of `slot`."""
+        child = self.allocate()
+        length = self.lengths[child] = self.lengths[slot]
+        for storage in (*self._keys, *self._values):
+            storage[child, :, :length] = storage[slot, :, :length]
+        return child
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget the committed positions from `length` on."""
+        self.lengths[slot] = min(self.lengths[slot], length)
+
+    def advance(self, slot: int, num_rows: int) -> None:
+        """Commit the first `num_rows` rows stored behind the prefix."""
+        self.lengths[slot] += num_rows
+
+    def keep_row(self, slot: int, row: int) -> None:
+        """Commit only row `row` of those stored behind the prefix."""
+        length = self.lengths[slot]
+        if row > 0:
+            for storage in (*self._keys, *self._values):
+                storage[slot, :, length] = storage[slot, :, length + row]
+        self.lengths[slot] = length + 1
+
+    def begin(self, slots: list[int], num_rows: int, device: torch.device) -> int:
+        """Prepare a forward pass of `num_rows` rows for each of `slots`. Returns the number of keys its rows index."""
+        lengths = torch.tensor([self.lengths[slot] for slot in slots])
+        self._visible = int(lengths.max()) + num_rows
+        if self._visible > self._capacity:
+            self._grow_capacity(self._visible)
+        self._slots = torch.tensor(slots, device=device)
+        self._positions = (lengths[:, None] + torch.arange(num_rows)).to(device)
+        return self._visible
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by the model's attention: store the rows of this pass, return all keys and values they may see.
+
+        Args:
+            key_states, value_states: [B, num_kv_heads, num_rows, head_dim], in the order of `begin`'s slots.
+            layer_idx: Decoder layer.
+
+        Returns:
+            Keys and values [B, num_kv_heads, visible, head_dim].
+        """
+        while layer_idx >= len(self._keys):
+            self._keys.append(self._new_storage(key_states))
+            self._values.append(self._new_storage(value_states))
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        keys[self._slots[:, None], :, self._positions] = key_states.transpose(1, 2)
+        values[self._slots[:, None], :, self._positions] = value_states.transpose(1, 2)
+        return keys[self._slots, :, : self._visible], values[self._slots, :, : self._visible]
+
+    def prefix(self, slot: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values [num_kv_heads, length, head_dim] of the committed prefix, per layer."""
+        length = self.lengths[slot]
+        return [(k[slot, :, :length], v[slot, :, :length]) for k, v in zip(self._keys, self._values, strict=True)]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: callers pass explicit positions, since every row of the batch has its own."""
+        return 0
+
+    def _new_storage(self, states: torch.Tensor) -> torch.Tensor:
+        # Zeros, not empty: masked positions are multiplied by zero, and 0 * NaN is NaN.
+        return states.new_zeros(len(self.lengths), states.shape[1], self._capacity, states.shape[3])
+
+    def _grow_slots(self) -> None:
+        added = max(1, len(self.lengths))
+        self._free.extend(reversed(range(len(self.lengths), len(self.lengths) + added)))
+        self.lengths.extend([0] * added)
+        self._resize()
+
+    def _grow_capacity(self, needed: int) -> None:
+        self._capacity = max(needed, 2 * self._capacity)
+        self._resize()
+
+    def _resize(self) -> None:
+        for storages in (self._keys, self._values):
+            for i, old in enumerate(storages):
+                storages[i] = old.new_zeros(len(self.lengths), old.shape[1], self._capacity, old.shape[3])
+                storages[i][: old.shape[0], :, : old.shape[2]] = old

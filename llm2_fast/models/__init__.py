@@ -1,0 +1,1 @@
+"""Hugging Face models: loading, fingerprints, and forward passes over branches."""

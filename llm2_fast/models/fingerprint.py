@@ -1,0 +1,38 @@
+"""What tells one set of weights from another, however they were loaded."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from transformers import PreTrainedModel
+
+_SHAPE_FIELDS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings",
+)  # fmt: skip
+_SAMPLE = 64
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash of a decoder's shape and of a sample of every parameter, rounded to bfloat16.
+
+    The rounding makes it the same for float32, bfloat16 and dequantized copies of one checkpoint. The head of the model
+    is left out, so a base model and a causal language model over it agree.
+
+    Args:
+        model: Any decoder-only model.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    base = model.base_model
+    config = base.config.get_text_config()
+    digest = hashlib.sha256()
+    for field in _SHAPE_FIELDS:
+        digest.update(f"{field}={getattr(config, field, None)};".encode())
+    for name, parameter in sorted(base.named_parameters()):
+        middle = parameter.detach()[parameter.shape[0] // 2] if parameter.dim() > 1 else parameter.detach()
+        sample = middle.flatten()[:_SAMPLE].to(device="cpu", dtype=torch.bfloat16)
+        digest.update(name.encode() + sample.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]

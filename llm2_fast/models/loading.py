@@ -1,0 +1,178 @@
+"""Models and tokenizers from Hugging Face directories, hub ids, GGUF files or memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm2_fast.errors import ArgumentError, CheckpointError, MissingDependencyError
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model, its tokenizer (None if there is none) and where it came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    """A torch dtype, or "auto" as it is. Raises `ArgumentError` for anything else."""
+    if dtype == "auto" or dtype in _DTYPES.values():
+        return dtype
+    if dtype in _DTYPES:
+        return _DTYPES[dtype]
+    raise ArgumentError("dtype", f"'auto', {', '.join(map(repr, _DTYPES))} or a torch dtype of these", dtype)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A torch device; "auto" is CUDA where there is one, else the CPU. Raises `ArgumentError` for anything else."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError("device", "'auto' or a torch device", device) from error
+
+
+def load_model(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    allow_pickle: bool = False,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        model: A Hugging Face directory or hub id, the path of a GGUF file, or a loaded model, which is used as it is.
+        tokenizer: Instead of the one beside the weights.
+        device: "auto" or a torch device.
+        dtype: "auto" (the checkpoint's; float32 for GGUF), or a floating-point torch dtype or its name.
+        allow_pickle: Also read pickled weights, which can run code while they load.
+
+    Returns:
+        `LoadedModel`.
+
+    Raises:
+        ArgumentError: `device` or `dtype` is unknown, or differs from those of a model that is loaded already.
+        CheckpointError: Weights are missing, damaged or pickled.
+        MissingDependencyError: A GGUF file needs the `demo` extra.
+    """
+    dtype = resolve_dtype(dtype)
+    if isinstance(model, PreTrainedModel):
+        if device != "auto" and torch.device(device) != model.device:
+            raise ArgumentError("device", f"'auto' or {model.device}, where the loaded model is", str(device))
+        if dtype != "auto" and dtype != model.dtype:
+            raise ArgumentError("dtype", f"'auto' or {model.dtype}, the loaded model's", dtype)
+        return LoadedModel(model, tokenizer, model.config.name_or_path or type(model).__name__)
+    if not isinstance(model, (str, os.PathLike)):
+        raise ArgumentError("model", "a path, a hub id or a transformers.PreTrainedModel", type(model).__name__)
+
+    source: str | Path = Path(model) if os.path.exists(model) else str(model)
+    if str(source).endswith(".gguf"):
+        source = _convert_gguf(Path(source))
+    loaded = read_checkpoint(AutoModelForCausalLM, source, dtype=dtype, allow_pickle=allow_pickle)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(source)
+    return LoadedModel(loaded.to(resolve_device(device)).eval(), tokenizer, str(model))
+
+
+def read_checkpoint(
+    auto_class: Any,
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    allow_pickle: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """`auto_class.from_pretrained` with every failure turned into a `CheckpointError` that names the checkpoint."""
+    try:
+        model, info = auto_class.from_pretrained(
+            source, dtype=dtype, use_safetensors=None if allow_pickle else True, output_loading_info=True, **options
+        )
+    except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, RuntimeError and more
+        pickled = isinstance(source, Path) and any(source.glob("*.bin"))
+        hint = " (pickled weights are read with allow_pickle=True only)" if pickled and not allow_pickle else ""
+        raise CheckpointError(f"model {str(source)!r}: cannot be loaded{hint}: {error}") from error
+    # transformers fills missing weights with random numbers and only logs it.
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"model {str(source)!r}: expected weights {missing[0]} and {len(missing) - 1} more, missing"
+        )
+    return model
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the weights, None if the directory holds none."""
+    if isinstance(source, Path) and not (source / "tokenizer_config.json").exists():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        raise CheckpointError(f"tokenizer of {str(source)!r}: cannot be loaded: {error}") from error
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the token-to-id mapping, 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:32]
+
+
+def _cache_directory() -> Path:
+    root = os.environ.get("LLM2_FAST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "llm2_fast")
+    return Path(root).expanduser()
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def _convert_gguf(path: Path) -> Path:
+    """Directory with the dequantized weights of a GGUF file as float32 safetensors, converted on first use."""
+    if not path.is_file():
+        raise CheckpointError(f"model {str(path)!r}: no such file")
+    target = _cache_directory() / "gguf" / f"{path.stem}-{_file_hash(path)}"
+    if target.exists():
+        return target
+    try:
+        import accelerate  # noqa: F401  both are needed by transformers' GGUF reader
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("reading GGUF files needs: pip install 'llm2-fast[demo]'") from error
+    options = {"gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+    quantized = read_checkpoint(AutoModelForCausalLM, path.parent, dtype=torch.float32, **options)
+    # transformers refuses to save a model that it read from GGUF, so the weights move into a plain one.
+    config = AutoConfig.from_pretrained(path.parent, **options)
+    config.dtype = torch.float32
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(quantized.state_dict())
+    plain.generation_config = quantized.generation_config
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        plain.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        os.replace(staging, target)
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not target.exists():  # another process may have finished first
+            raise
+    return target

@@ -1,0 +1,247 @@
+"""The ops in plain torch: the definition every other backend answers to.
+
+Nothing here is fast, and nothing here is shared with the kernels it is compared with.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from llm2_fast.rng import gumbel
+
+NEG_INF = float("-inf")
+
+
+class Candidates(NamedTuple):
+    """The plausible tokens of each row, in order of (logit descending, token id ascending)."""
+
+    ids: torch.Tensor  # int32 [B, K], -1 past the count
+    logits: torch.Tensor  # float32 [B, K], -inf past the count
+    count: torch.Tensor  # int32 [B]; 0 marks a row without a usable maximum (NaN, or nothing finite)
+    logsumexp: torch.Tensor  # float32 [B], over the whole vocabulary; NaN where count is 0
+    cut: torch.Tensor  # bool [B]; max_candidates dropped plausible tokens
+
+
+class Picked(NamedTuple):
+    """The outcome of a step. Rows that could not be decided have index and token -1 and a NaN logprob."""
+
+    index: torch.Tensor  # int32 [B], into the candidates
+    token: torch.Tensor  # int32 [B]
+    logprob: torch.Tensor  # float32 [B], log-softmax of the adjusted logits over the candidates, before processors
+    system1_index: torch.Tensor  # int32 [B], what beta = 0 would have picked with the same random numbers
+    adjusted: torch.Tensor  # float32 [B, K], z + beta * s, -inf past the count
+    finished: torch.Tensor  # bool [B], the token is one of the row's end-of-sequence tokens
+
+
+def usable_rows(logits: torch.Tensor) -> torch.Tensor:
+    """bool [B]: rows of [B, V] without NaN whose maximum is finite."""
+    return ~logits.isnan().any(dim=-1) & logits.amax(dim=-1).isfinite()
+
+
+def select_candidates(
+    logits: torch.Tensor, log_alpha: torch.Tensor, candidate_top_k: torch.Tensor, max_candidates: int
+) -> Candidates:
+    """The plausible set C = {v : z_v >= max z + ln(alpha)} (LLM2, equation 1), largest first.
+
+    Tokens whose logit is -inf have probability zero and are never candidates, not even with alpha = 0.
+
+    Args:
+        logits: [B, V], float32, float16 or bfloat16; compared in float32.
+        log_alpha: float32 [B], ln(alpha); -inf turns the constraint off.
+        candidate_top_k: int32 [B]; keep at most this many, 0 for no limit.
+        max_candidates: K, the bound on any row's candidates; at most V columns are returned filled.
+
+    Returns:
+        `Candidates` with K = `max_candidates`.
+    """
+    batch, vocab = logits.shape
+    z = logits.to(torch.float32)
+    usable = usable_rows(z)
+    threshold = z.amax(dim=-1) + log_alpha
+    plausible = (z >= threshold.unsqueeze(-1)) & (z > NEG_INF) & usable.unsqueeze(-1)
+
+    limit = torch.where(candidate_top_k > 0, candidate_top_k, vocab).clamp(max=vocab)
+    wanted = torch.minimum(plausible.sum(dim=-1), limit)
+    count = wanted.clamp(max=max_candidates)
+
+    # A stable sort leaves equal logits in token order.
+    values, order = z.masked_fill(~plausible, NEG_INF).sort(dim=-1, descending=True, stable=True)
+    width = min(max_candidates, vocab)
+    kept = torch.arange(width, device=z.device) < count.unsqueeze(-1)
+    ids = z.new_full((batch, max_candidates), -1, dtype=torch.int32)
+    ids[:, :width] = order[:, :width].to(torch.int32).masked_fill(~kept, -1)
+    candidate_logits = z.new_full((batch, max_candidates), NEG_INF)
+    candidate_logits[:, :width] = values[:, :width].masked_fill(~kept, NEG_INF)
+    logsumexp = z.logsumexp(dim=-1).masked_fill(~usable, float("nan"))
+    return Candidates(ids, candidate_logits, count.to(torch.int32), logsumexp, wanted > max_candidates)
+
+
+def process_logits(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    seen: torch.Tensor | None,
+    repetition_penalty: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    log_min_p: torch.Tensor,
+) -> torch.Tensor:
+    """Repetition penalty, temperature, top-k, top-p and min-p, in this order; dropped tokens become -inf.
+
+    Order among equal logits is by token id, so exactly `top_k` tokens survive.
+
+    Args:
+        logits: float32 [B, K]; -inf marks tokens that are out already.
+        ids: int32 [B, K], token ids, for the order of ties.
+        seen: bool [B, K] or None, tokens already in the sequence.
+        repetition_penalty, temperature, top_p, log_min_p: float32 [B]; temperature 0 divides by 1.
+        top_k: int32 [B]; 0 for no limit.
+
+    Returns:
+        float32 [B, K].
+    """
+    x = logits
+    if seen is not None:
+        penalty = repetition_penalty.unsqueeze(-1)
+        x = torch.where(seen, torch.where(x > 0, x / penalty, x * penalty), x)
+    x = x / torch.where(temperature > 0, temperature, 1.0).unsqueeze(-1)
+    if not ((top_k > 0) | (top_p < 1) | (log_min_p > NEG_INF)).any():
+        return x  # nothing drops tokens, so the two sorts below would change nothing
+
+    by_id = ids.argsort(dim=-1, stable=True)
+    order = by_id.gather(-1, x.gather(-1, by_id).argsort(dim=-1, descending=True, stable=True))
+    ranked = x.gather(-1, order)
+    rank = torch.arange(x.shape[-1], device=x.device)
+    keep = (rank < top_k.unsqueeze(-1)) | (top_k.unsqueeze(-1) == 0)
+    ranked = ranked.masked_fill(~keep, NEG_INF)
+    weight = (ranked - ranked[:, :1]).exp().nan_to_num(0.0)
+    before = weight.cumsum(dim=-1) - weight
+    keep = (before < top_p.unsqueeze(-1) * weight.sum(dim=-1, keepdim=True)) | (top_p.unsqueeze(-1) >= 1)
+    keep &= ranked >= ranked[:, :1] + log_min_p.unsqueeze(-1)
+    ranked = ranked.masked_fill(~keep, NEG_INF)
+    return torch.empty_like(x).scatter_(-1, order, ranked)
+
+
+def adjust_and_pick(
+    candidate_ids: torch.Tensor,
+    candidate_logits: torch.Tensor,
+    count: torch.Tensor,
+    scores: torch.Tensor | None,
+    beta: torch.Tensor,
+    seen: torch.Tensor | None,
+    repetition_penalty: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    log_min_p: torch.Tensor,
+    seed: torch.Tensor,
+    step: torch.Tensor,
+    sample_index: torch.Tensor,
+    request_id: torch.Tensor,
+    eos_token_ids: torch.Tensor,
+) -> Picked:
+    """Adjusted logits z* = z + beta * s (LLM2, equation 3), sampling processors and the pick.
+
+    Temperature 0 picks argmax z*; otherwise argmax(z* / T + Gumbel(u)) over what the processors left. Ties go to the
+    lowest token id. A row with one candidate takes it whatever its score. A row whose count is 0, or in which an
+    adjusted logit is NaN or their maximum is not finite, is not decided: index and token are -1.
+
+    Args:
+        candidate_ids: int32 [B, K].
+        candidate_logits: float32 [B, K], raw logits z.
+        count: int32 [B], candidates of each row; entries past it are ignored.
+        scores: float32 [B, K] or None (no verifier: z* = z).
+        beta: float32 [B].
+        seen, repetition_penalty, temperature, top_k, top_p, log_min_p: See `process_logits`.
+        seed: int64 [B]. step, sample_index, request_id: int32 [B]. The random counter.
+        eos_token_ids: int32 [B, E], padded with -1.
+
+    Returns:
+        `Picked`.
+    """
+    inside = torch.arange(candidate_ids.shape[-1], device=candidate_ids.device) < count.unsqueeze(-1)
+    z = candidate_logits.masked_fill(~inside, NEG_INF)
+    adjusted = z
+    if scores is not None:
+        ambiguous = (count > 1).unsqueeze(-1)
+        adjusted = torch.where(inside & ambiguous, z + beta.unsqueeze(-1) * scores, z)
+    decided = usable_rows(adjusted) & (count > 0)
+
+    def pick(logits: torch.Tensor) -> torch.Tensor:
+        x = process_logits(logits, candidate_ids, seen, repetition_penalty, temperature, top_k, top_p, log_min_p)
+        if (temperature > 0).any():
+            noise = gumbel(candidate_ids, step, sample_index, request_id, seed)
+            x = torch.where((temperature > 0).unsqueeze(-1), x + noise, x)
+        best = x == x.amax(dim=-1, keepdim=True)
+        lowest_id = torch.where(best & inside, candidate_ids, torch.iinfo(torch.int32).max)
+        return lowest_id.argmin(dim=-1)
+
+    index, system1_index = pick(adjusted), pick(z)
+    token = candidate_ids.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    logprob = adjusted.log_softmax(dim=-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    token = token.masked_fill(~decided, -1)
+    return Picked(
+        index.to(torch.int32).masked_fill(~decided, -1),
+        token,
+        logprob.masked_fill(~decided, float("nan")),
+        system1_index.to(torch.int32).masked_fill(~decided, -1),
+        adjusted,
+        decided & (token.unsqueeze(-1) == eos_token_ids).any(dim=-1),
+    )
+
+
+def branch_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    row_sequence: torch.Tensor,
+    row_prefix_length: torch.Tensor,
+    row_has_own: torch.Tensor,
+    own_key: torch.Tensor,
+    own_value: torch.Tensor,
+    scale: float,
+    sliding_window: int,
+) -> torch.Tensor:
+    """Attention of rows to the paged prefix of their sequence and, for branches, to themselves.
+
+    Row r sees keys [0, row_prefix_length[r]) of its sequence and, if `row_has_own[r]`, its own key at position
+    `row_prefix_length[r]`. Siblings do not see each other. With a sliding window w, a row at position p (the own
+    position, or the last prefix position when it has no own key) sees positions > p - w only. A row that sees nothing
+    gives zeros. Softmax in float32.
+
+    Args:
+        query: [R, num_heads, head_dim], float32, float16 or bfloat16.
+        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_dim], dtype of `query`.
+        block_table: int32 [S, max_blocks]; block i of a sequence holds positions [i * block_size, (i+1) * block_size).
+        row_sequence: int32 [R], row of `block_table`.
+        row_prefix_length: int32 [R].
+        row_has_own: bool [R].
+        own_key, own_value: [R, num_kv_heads, head_dim]; read only where `row_has_own`.
+        scale: Factor on the dot products.
+        sliding_window: 0 for none.
+
+    Returns:
+        [R, num_heads, head_dim], dtype of `query`.
+    """
+    rows, num_heads, head_dim = query.shape
+    num_kv_heads, block_size = key_cache.shape[1:3]
+    output = torch.zeros_like(query)
+    for r in range(rows):
+        length, has_own = int(row_prefix_length[r]), bool(row_has_own[r])
+        position = length if has_own else length - 1
+        start = max(0, position - sliding_window + 1) if sliding_window > 0 else 0
+        blocks = block_table[int(row_sequence[r]), : -(-length // block_size)].long()
+        keys = key_cache[blocks].transpose(1, 2).reshape(-1, num_kv_heads, head_dim)[start:length]
+        values = value_cache[blocks].transpose(1, 2).reshape(-1, num_kv_heads, head_dim)[start:length]
+        if has_own:
+            keys = torch.cat([keys, own_key[r : r + 1]])
+            values = torch.cat([values, own_value[r : r + 1]])
+        if len(keys) == 0:
+            continue
+        grouped = query[r].float().view(num_kv_heads, num_heads // num_kv_heads, head_dim)
+        weights = (torch.einsum("hgd,thd->hgt", grouped, keys.float()) * scale).softmax(dim=-1)
+        output[r] = torch.einsum("hgt,thd->hgd", weights, values.float()).reshape(num_heads, head_dim).to(query.dtype)
+    return output

@@ -1,0 +1,143 @@
+"""The `full` verifier: a network of its own with a scalar head, the paper's setting."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llm2_fast.errors import CheckpointError, IncompatibleVerifierError
+from llm2_fast.models.decoder import FINAL_LAYER, Decoder
+from llm2_fast.models.loading import (
+    LoadedModel,
+    load_tokenizer,
+    read_checkpoint,
+    resolve_device,
+    resolve_dtype,
+    tokenizer_hash,
+)
+from llm2_fast.verifier.scorer import Scorer
+from llm2_fast.verifier.verifier import Verifier
+
+_HEAD_NAMES = ("score", "classifier")
+
+
+class LabelHead(nn.Module):
+    """The classifier's linear layer with its one label, in float32."""
+
+    layers = (FINAL_LAYER,)
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.float(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+
+    def forward(self, hidden_states: list[torch.Tensor]) -> torch.Tensor:
+        """Scores float32 [...] of final hidden states [..., hidden_size]."""
+        return nn.functional.linear(hidden_states[0].float(), self.weight, self.bias).squeeze(-1)
+
+
+class FullVerifier(Verifier):
+    """A decoder with a scalar head. It may be smaller than the LLM but must share its tokenizer.
+
+    Args:
+        network: The decoder, without a head.
+        weight: [1, hidden_size] of the head.
+        bias: [1], or None; only token classifiers have one.
+        tokenizer: The one it was trained with, if known.
+    """
+
+    kind = "full"
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_size = network.config.get_text_config().hidden_size
+        if tuple(weight.shape) != (1, hidden_size):
+            raise CheckpointError(f"verifier head: expected shape (1, {hidden_size}), got {tuple(weight.shape)}")
+        self.network, self.tokenizer = network.base_model, tokenizer
+        self.head = LabelHead(weight, bias).to(network.device)
+
+    def check_compatible(self, model: LoadedModel) -> None:
+        theirs = model.model.config.get_text_config().vocab_size
+        ours = self.network.config.get_text_config().vocab_size
+        if self.tokenizer is not None and model.tokenizer is not None:
+            if tokenizer_hash(self.tokenizer) != tokenizer_hash(model.tokenizer):
+                raise IncompatibleVerifierError(
+                    f"verifier: expected the tokenizer of {model.name} ({len(model.tokenizer)} tokens), "
+                    f"got another one ({len(self.tokenizer)} tokens)"
+                )
+            # Vocabularies are padded to round sizes, so only the tokenizer's own ids need a row.
+            theirs = min(theirs, len(model.tokenizer))
+            fits = ours >= theirs
+        else:
+            fits = ours == theirs
+        if not fits:
+            raise IncompatibleVerifierError(f"verifier: expected a vocabulary of {theirs} tokens, got {ours}")
+
+    def scorer(self, model: LoadedModel) -> Scorer:
+        self.check_compatible(model)
+        return Scorer(Decoder(self.network), self.head)
+
+    def _load_base(self) -> LoadedModel:
+        return LoadedModel(self.network, self.tokenizer, "the verifier itself")
+
+    @staticmethod
+    def _recognises(directory: Path) -> bool:
+        return (directory / "config.json").is_file() and "architectures" in json.loads(
+            (directory / "config.json").read_text()
+        )
+
+    @classmethod
+    def _read(
+        cls, directory: Path, *, device: str | torch.device, dtype: str | torch.dtype, allow_pickle: bool
+    ) -> FullVerifier:
+        network = read_checkpoint(AutoModel, directory, dtype=resolve_dtype(dtype), allow_pickle=allow_pickle)
+        weight, bias = _read_head(directory)
+        return cls(network.to(resolve_device(device)).eval(), weight, bias, load_tokenizer(directory))
+
+    def _write(self, directory: Path) -> None:
+        bias = self.head.bias
+        auto_class = AutoModelForSequenceClassification if bias is None else AutoModelForTokenClassification
+        self.network.config.num_labels = 1
+        classifier = auto_class.from_config(self.network.config, dtype=self.network.dtype)
+        classifier.base_model.load_state_dict(self.network.state_dict())
+        layer = next(getattr(classifier, name) for name in _HEAD_NAMES if hasattr(classifier, name))
+        with torch.no_grad():
+            layer.weight.copy_(self.head.weight)
+            if bias is not None:
+                layer.bias.copy_(bias)
+        classifier.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
+
+
+def _read_head(directory: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight [1, hidden_size] and bias [1] or None of the head, from whichever shard holds them."""
+    found: dict[str, torch.Tensor] = {}
+    for shard in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(shard, framework="pt") as tensors:
+                names = {f"{head}.{part}" for head in _HEAD_NAMES for part in ("weight", "bias")} & set(tensors.keys())
+                found |= {name.split(".")[-1]: tensors.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise CheckpointError(f"verifier weights {str(shard)!r}: damaged: {error}") from error
+    if "weight" not in found:
+        names = " or ".join(f"{name}.weight" for name in _HEAD_NAMES)
+        raise CheckpointError(f"verifier {str(directory)!r}: expected a head {names}, found none")
+    return found["weight"], found.get("bias")

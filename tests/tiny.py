@@ -1,0 +1,87 @@
+"""Small random models of every family, and verifiers for them."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 61
+# No pad token: sequence classifiers would read the score before a candidate that happens to be it.
+_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 96,
+    "tie_word_embeddings": False,
+    **_SPECIAL,
+}
+_LOGIT_STD = 4.0
+_WINDOW = 5  # shorter than the prompts of the tests
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2")
+_MIXED = ("sliding_attention", "full_attention", "sliding_attention")
+
+
+def config(family: str, **overrides: object) -> PreTrainedConfig:
+    """The configuration of a tiny model of `family`."""
+    shape = {**_SHAPE, **overrides}
+    if family == "gpt2":
+        renamed = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+        sizes = {ours: shape[theirs] for ours, theirs in renamed.items()}
+        sizes |= {"vocab_size": shape["vocab_size"], "n_positions": shape["max_position_embeddings"]}
+        return GPT2Config(**sizes, **_SPECIAL, num_labels=shape.get("num_labels", 2), tie_word_embeddings=False)
+    layer_types = list(_MIXED[: shape["num_hidden_layers"]])
+    classes = {
+        "llama": (LlamaConfig, {}),
+        "qwen2": (Qwen2Config, {"use_sliding_window": True, "sliding_window": _WINDOW, "max_window_layers": 1}),
+        "qwen3": (Qwen3Config, {}),
+        "mistral": (MistralConfig, {"sliding_window": _WINDOW}),
+        "gemma3": (
+            Gemma3TextConfig,
+            {"sliding_window": _WINDOW, "layer_types": layer_types, "query_pre_attn_scalar": 8},
+        ),
+    }
+    config_class, extra = classes[family]
+    return config_class(**{**shape, **extra})
+
+
+def randomize(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Random weights, large enough that positions and context matter to the logits; evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        scale = 0.3 if parameter.dim() > 1 else 0.1
+        noise = torch.randn(parameter.shape, generator=generator) * scale
+        keep = parameter.data if parameter.dim() == 1 and "norm" in name else 0
+        parameter.data = keep + noise
+    return model.eval()
+
+
+def causal_lm(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """A random causal language model."""
+    model = randomize(AutoModelForCausalLM.from_config(config(family, **overrides)), seed)
+    with torch.no_grad():
+        # A few plausible tokens at most steps: neither one nor half the vocabulary.
+        model.lm_head.weight *= _LOGIT_STD / model(torch.arange(3, 35)[None]).logits.std()
+    return model
+
+
+def classifier(family: str, seed: int = 1, **overrides: object) -> PreTrainedModel:
+    """A random sequence classifier with one label, smaller than `causal_lm`."""
+    shape = config(family, num_labels=1, **overrides)
+    return randomize(AutoModelForSequenceClassification.from_config(shape), seed)
