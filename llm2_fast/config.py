@@ -30,7 +30,7 @@ def check_number(
     )
     valid = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
     if not valid or value > maximum or value < minimum or (exclusive_minimum and value == minimum):
-        raise ArgumentError(name, expected, value)
+        raise ArgumentError(name, expected, repr(value))
 
 
 def check_option_names(names: Any, allowed: Any, *, what: str) -> None:

@@ -59,7 +59,7 @@ def load(
         IncompatibleVerifierError: The verifier was made for another model or tokenizer.
     """
     if backend != "auto" and backend not in _BACKENDS:
-        raise ArgumentError("backend", f"'auto' or one of {', '.join(map(repr, _BACKENDS))}", backend)
+        raise ArgumentError("backend", f"'auto' or one of {', '.join(map(repr, _BACKENDS))}", repr(backend))
     check_number("max_batch_size", max_batch_size, integer=True, minimum=1)
     if max_length is not None:
         check_number("max_length", max_length, integer=True, minimum=2)
@@ -85,7 +85,7 @@ def generate(
     Args:
         model, verifier: As for `load`.
         prompts: As for `Engine.generate`.
-        **options: Keywords of `load` and of `GenerationConfig`.
+        **options: Keywords of `load`, of `Engine.generate` and of `GenerationConfig`.
 
     Returns:
         One `Generation` per prompt.
@@ -94,11 +94,11 @@ def generate(
         ArgumentError: An option is unknown or out of range, before anything is loaded.
     """
     of_load = {name for name, p in inspect.signature(load).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    check_option_names(options, of_load | {"config", *GenerationConfig.option_names()}, what="option")
-    loading = {name: value for name, value in options.items() if name in of_load}
-    generation = {name: value for name, value in options.items() if name not in of_load}
-    config = _merge_config(generation.pop("config", None), generation)
-    return load(model, verifier, **loading).generate(prompts, config)
+    check_option_names(options, of_load | {"config", "request_ids", *GenerationConfig.option_names()}, what="option")
+    loading = {name: options.pop(name) for name in of_load & options.keys()}
+    request_ids = options.pop("request_ids", None)
+    config = _merge_config(options.pop("config", None), options)
+    return load(model, verifier, **loading).generate(prompts, config, request_ids=request_ids)
 
 
 class Engine:
@@ -137,7 +137,12 @@ class Engine:
         return self.model.tokenizer
 
     def generate(
-        self, prompts: Prompt | Iterable[Prompt], config: GenerationConfig | None = None, **overrides: Any
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        config: GenerationConfig | None = None,
+        *,
+        request_ids: Iterable[int] | None = None,
+        **overrides: Any,
     ) -> list[Generation]:
         """Continue every prompt.
 
@@ -145,26 +150,30 @@ class Engine:
             prompts: A string, chat messages (through the model's chat template), token ids, or a list of any of these.
                 They are decoded together, `max_batch_size` sequences at a time; the rest wait for a free place.
             config: Options; the defaults if None.
+            request_ids: One per prompt, in [0, 2**31): part of the random numbers of sampling, so that a prompt can be
+                replayed alone or elsewhere. By default the prompt's index.
             **overrides: Single options that replace those of `config`.
 
         Returns:
-            One `Generation` per prompt, in order. A prompt's tokens do not depend on what else is in the list, but
-            for its index, which is part of the random numbers of sampling.
+            One `Generation` per prompt, in order. Apart from its request id, a prompt's tokens depend on nothing else
+            in the list.
 
         Raises:
             ArgumentError: A prompt or an option is unusable; nothing has been computed then.
         """
-        requests = self._make_requests(prompts, _merge_config(config, overrides))
+        requests = self._make_requests(prompts, _merge_config(config, overrides), request_ids)
         for _ in self._decode(requests):
             pass
         return [request.generation for request in requests]
 
-    def stream(self, prompt: Prompt, config: GenerationConfig | None = None, **overrides: Any) -> Iterator[StreamEvent]:
+    def stream(
+        self, prompt: Prompt, config: GenerationConfig | None = None, *, request_id: int = 0, **overrides: Any
+    ) -> Iterator[StreamEvent]:
         """Continue one prompt, token by token.
 
         Args:
             prompt: As for `generate`, but one.
-            config, **overrides: As for `generate`. With n > 1 the samples' events are interleaved.
+            config, request_id, **overrides: As for `generate`. With n > 1 the samples' events are interleaved.
 
         Yields:
             A `StreamEvent` per token. Joined, a sample's texts are its `Sample.text`.
@@ -172,18 +181,25 @@ class Engine:
         Raises:
             ArgumentError: As for `generate`, at the call, not at the first event.
         """
-        requests = self._make_requests(prompt, _merge_config(config, overrides))
+        requests = self._make_requests(prompt, _merge_config(config, overrides), [request_id])
         if len(requests) != 1:
             raise ArgumentError("prompt", "one prompt", f"{len(requests)} prompts")
         return self._decode(requests)
 
-    def _make_requests(self, prompts: Prompt | Iterable[Prompt], config: GenerationConfig) -> list[_Request]:
+    def _make_requests(
+        self, prompts: Prompt | Iterable[Prompt], config: GenerationConfig, request_ids: Iterable[int] | None
+    ) -> list[_Request]:
         prompts = as_prompt_list(prompts)
+        request_ids = list(range(len(prompts)) if request_ids is None else request_ids)
+        if len(request_ids) != len(prompts):
+            raise ArgumentError("request_ids", f"one per prompt, {len(prompts)}", f"{len(request_ids)}")
+        for request_id in request_ids:
+            check_number("request_ids", request_id, integer=True, minimum=0, maximum=2**31 - 1)
         if config.stop and self.tokenizer is None:
             raise ArgumentError("stop", "no stop strings, since the model came without a tokenizer", config.stop)
         requests = []
-        for request_id, prompt in enumerate(prompts):
-            name = f"prompts[{request_id}]"
+        for index, (request_id, prompt) in enumerate(zip(request_ids, prompts, strict=True)):
+            name = f"prompts[{index}]"
             token_ids = encode_prompt(prompt, self.tokenizer, self._backend.vocab_size, name)
             if self.max_length is not None and len(token_ids) + config.max_new_tokens > self.max_length:
                 expected = f"prompt and max_new_tokens within the context of {self.max_length} tokens"
@@ -194,7 +210,7 @@ class Engine:
         return requests
 
     def _decode(self, requests: list[_Request]) -> Iterator[StreamEvent]:
-        """The loop: admit, step, record, release."""
+        """The loop: admit, step, record, free."""
         waiting = deque(sample for request in requests for sample in request.samples)
         live: list[_Sampling] = []
         try:
@@ -215,11 +231,11 @@ class Engine:
 
     def _admit(self, samplings: list[_Sampling]) -> list[_Sampling]:
         """Prefill each prompt once; its samples fork from the prefix, and the last one takes it over."""
-        new = {s.request.request_id: s.request for s in samplings if s.sequence.sample_index == 0}
+        new = [sampling.request for sampling in samplings if sampling.sequence.sample_index == 0]
         if new:
             start = time.perf_counter()
-            self._backend.prefill([request.prefix for request in new.values()])
-            for request in new.values():
+            self._backend.prefill([request.prefix for request in new])
+            for request in new:
                 request.prefilled(time.perf_counter() - start)
         for sampling in samplings:
             prefix, sequence = sampling.request.prefix, sampling.sequence

@@ -29,7 +29,7 @@ def _load_cpu_extension() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != "llm2_fast_C":
             return None, f"the C++ extension llm2_fast_C failed to load ({error})"
-        return None, "the C++ extension llm2_fast_C is not built (in a source tree: python setup.py build_ext --inplace)"
+        return None, "the C++ extension llm2_fast_C is not built (to build it: python setup.py build_ext --inplace)"
     except ImportError as error:
         return None, f"the C++ extension llm2_fast_C failed to load ({error})"
     return llm2_fast_C, None
@@ -98,9 +98,8 @@ def _select_candidates_cpu(
         _warn_of_reference()
         return reference.select_candidates(logits, log_alpha, candidate_top_k, max_candidates)
     outputs = _empty_candidates(logits, log_alpha, candidate_top_k, max_candidates)
-    extension.select_candidates(
-        to_dlpack(logits), to_dlpack(log_alpha), to_dlpack(candidate_top_k), max_candidates, *map(to_dlpack, outputs), isa
-    )
+    tensors = map(to_dlpack, (logits, log_alpha, candidate_top_k))
+    extension.select_candidates(*tensors, max_candidates, *map(to_dlpack, outputs), isa)
     return outputs
 
 
@@ -126,7 +125,8 @@ def select_candidates(
     Raises:
         ValueError: An argument has the wrong shape, dtype, strides or range; the message names it.
     """
-    return Candidates(*torch.ops.llm2_fast.select_candidates.default(logits, log_alpha, candidate_top_k, max_candidates))
+    fields = torch.ops.llm2_fast.select_candidates.default(logits, log_alpha, candidate_top_k, max_candidates)
+    return Candidates(*fields)
 
 
 # --- adjust_and_pick --------------------------------------------------------------------------------------------------

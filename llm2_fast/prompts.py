@@ -20,7 +20,7 @@ def as_prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
         return [prompts]
     if isinstance(prompts, dict) or not isinstance(prompts, Iterable):
         raise ArgumentError("prompts", _EXPECTED, type(prompts).__name__)
-    items = list(prompts)
+    items = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)  # tensors and arrays of ids
     single = items and (all(_is_token(x) for x in items) or all(isinstance(x, dict) for x in items))
     return [items] if single else items
 
@@ -41,7 +41,7 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, voc
         ArgumentError: Of another type, empty, outside the vocabulary, or text without a tokenizer.
     """
     if isinstance(prompt, Iterable) and not isinstance(prompt, (str, dict)):
-        prompt = list(prompt)
+        prompt = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
         if prompt and all(_is_token(x) for x in prompt):
             return _checked_ids([int(token) for token in prompt], vocab_size, name)
     is_chat = isinstance(prompt, list) and prompt and all(isinstance(x, dict) for x in prompt)

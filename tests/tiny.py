@@ -83,5 +83,5 @@ def causal_lm(family: str, seed: int = 0, **overrides: object) -> PreTrainedMode
 
 def classifier(family: str, seed: int = 1, **overrides: object) -> PreTrainedModel:
     """A random sequence classifier with one label, smaller than `causal_lm`."""
-    shape = config(family, num_labels=1, **overrides)
+    shape = config(family, **{"num_labels": 1, **overrides})
     return randomize(AutoModelForSequenceClassification.from_config(shape), seed)

@@ -62,7 +62,15 @@ class Decoder:
             raise ArgumentError("model", expected, f"{implementation!r}")
         self.vocab_size: int = config.vocab_size
         self.max_position_embeddings: int | None = getattr(config, "max_position_embeddings", None)
+        self._num_layers: int = config.num_hidden_layers
         self._windows = _attention_windows(config)
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raise `ArgumentError` unless `forward` can return the hidden states of `layers`."""
+        inner = range(self._num_layers - 1)
+        if not layers or any(layer != FINAL_LAYER and layer not in inner for layer in layers):
+            expected = f"{FINAL_LAYER} (the final norm) or 0 to {len(inner) - 1}"
+            raise ArgumentError("layers", expected, repr(tuple(layers)))
 
     @property
     def device(self) -> torch.device:

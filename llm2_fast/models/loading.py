@@ -34,7 +34,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
         return dtype
     if dtype in _DTYPES:
         return _DTYPES[dtype]
-    raise ArgumentError("dtype", f"'auto', {', '.join(map(repr, _DTYPES))} or a torch dtype of these", dtype)
+    raise ArgumentError("dtype", f"'auto', {', '.join(map(repr, _DTYPES))} or a torch dtype of these", repr(dtype))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -44,7 +44,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ArgumentError("device", "'auto' or a torch device", device) from error
+        raise ArgumentError("device", "'auto' or a torch device", repr(device)) from error
 
 
 def load_model(
@@ -74,8 +74,8 @@ def load_model(
     """
     dtype = resolve_dtype(dtype)
     if isinstance(model, PreTrainedModel):
-        if device != "auto" and torch.device(device) != model.device:
-            raise ArgumentError("device", f"'auto' or {model.device}, where the loaded model is", str(device))
+        if device != "auto" and resolve_device(device) != model.device:
+            raise ArgumentError("device", f"'auto' or {model.device}, where the loaded model is", repr(device))
         if dtype != "auto" and dtype != model.dtype:
             raise ArgumentError("dtype", f"'auto' or {model.dtype}, the loaded model's", dtype)
         return LoadedModel(model, tokenizer, model.config.name_or_path or type(model).__name__)
@@ -120,15 +120,20 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the weights, None if the directory holds none."""
     if isinstance(source, Path) and not (source / "tokenizer_config.json").exists():
         return None
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except Exception as error:
-        raise CheckpointError(f"tokenizer of {str(source)!r}: cannot be loaded: {error}") from error
+    return _read_tokenizer(source)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the token-to-id mapping, 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:32]
+
+
+def _read_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # as for models, the errors have no common base
+        where = Path(source, options.get("gguf_file", ""))
+        raise CheckpointError(f"tokenizer of {str(where)!r}: cannot be loaded: {error}") from error
 
 
 def _cache_directory() -> Path:
@@ -157,7 +162,7 @@ def _convert_gguf(path: Path) -> Path:
     except ImportError as error:
         raise MissingDependencyError("reading GGUF files needs: pip install 'llm2-fast[demo]'") from error
     options = {"gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+    tokenizer = _read_tokenizer(path.parent, **options)
     quantized = read_checkpoint(AutoModelForCausalLM, path.parent, dtype=torch.float32, **options)
     # transformers refuses to save a model that it read from GGUF, so the weights move into a plain one.
     config = AutoConfig.from_pretrained(path.parent, **options)

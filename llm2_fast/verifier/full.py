@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from llm2_fast.models.loading import (
     tokenizer_hash,
 )
 from llm2_fast.verifier.scorer import Scorer
-from llm2_fast.verifier.verifier import Verifier
+from llm2_fast.verifier.verifier import Verifier, read_json
 
 _HEAD_NAMES = ("score", "classifier")
 
@@ -99,16 +98,15 @@ class FullVerifier(Verifier):
 
     @staticmethod
     def _recognises(directory: Path) -> bool:
-        return (directory / "config.json").is_file() and "architectures" in json.loads(
-            (directory / "config.json").read_text()
-        )
+        path = directory / "config.json"
+        return path.is_file() and "architectures" in read_json(path)
 
     @classmethod
     def _read(
         cls, directory: Path, *, device: str | torch.device, dtype: str | torch.dtype, allow_pickle: bool
     ) -> FullVerifier:
         network = read_checkpoint(AutoModel, directory, dtype=resolve_dtype(dtype), allow_pickle=allow_pickle)
-        weight, bias = _read_head(directory)
+        weight, bias = _read_head(directory, allow_pickle)
         return cls(network.to(resolve_device(device)).eval(), weight, bias, load_tokenizer(directory))
 
     def _write(self, directory: Path) -> None:
@@ -127,16 +125,19 @@ class FullVerifier(Verifier):
             self.tokenizer.save_pretrained(directory)
 
 
-def _read_head(directory: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _read_head(directory: Path, allow_pickle: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight [1, hidden_size] and bias [1] or None of the head, from whichever shard holds them."""
+    names = {f"{head}.{part}" for head in _HEAD_NAMES for part in ("weight", "bias")}
     found: dict[str, torch.Tensor] = {}
     for shard in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(shard, framework="pt") as tensors:
-                names = {f"{head}.{part}" for head in _HEAD_NAMES for part in ("weight", "bias")} & set(tensors.keys())
-                found |= {name.split(".")[-1]: tensors.get_tensor(name) for name in names}
+                found |= {name.split(".")[-1]: tensors.get_tensor(name) for name in names & set(tensors.keys())}
         except SafetensorError as error:
             raise CheckpointError(f"verifier weights {str(shard)!r}: damaged: {error}") from error
+    for shard in sorted(directory.glob("*.bin")) if allow_pickle and not found else ():
+        tensors = torch.load(shard, map_location="cpu", weights_only=True)
+        found |= {name.split(".")[-1]: tensors[name] for name in names & tensors.keys()}
     if "weight" not in found:
         names = " or ".join(f"{name}.weight" for name in _HEAD_NAMES)
         raise CheckpointError(f"verifier {str(directory)!r}: expected a head {names}, found none")

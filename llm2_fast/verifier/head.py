@@ -14,7 +14,7 @@ from llm2_fast.errors import CheckpointError
 from llm2_fast.models.decoder import FINAL_LAYER, Decoder
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.verifier.scorer import Scorer
-from llm2_fast.verifier.verifier import Verifier, read_tensors
+from llm2_fast.verifier.verifier import Verifier, read_json, read_tensors
 
 _FORMAT = "llm2_fast.verifier"
 _FORMAT_VERSION = 1
@@ -57,16 +57,18 @@ class HeadVerifier(Verifier):
 
     def scorer(self, model: LoadedModel) -> Scorer:
         self.check_compatible(model)
-        return Scorer(Decoder(model.model.base_model), self.head.to(model.model.device))
+        decoder = Decoder(model.model.base_model)
+        decoder.check_layers(self.head.layers)
+        return Scorer(decoder, self.head.to(model.model.device))
 
     @staticmethod
     def _recognises(directory: Path) -> bool:
         path = directory / "config.json"
-        return path.is_file() and _read_config(path).get("format") == _FORMAT
+        return path.is_file() and read_json(path).get("format") == _FORMAT
 
     @classmethod
     def _read(cls, directory: Path, **options: Any) -> HeadVerifier:
-        config = _read_config(directory / "config.json")
+        config = read_json(directory / "config.json")
         if config.get("format_version") != _FORMAT_VERSION or config.get("kind") != cls.kind:
             expected = f"kind 'head', format_version {_FORMAT_VERSION}"
             actual = f"kind {config.get('kind')!r}, format_version {config.get('format_version')!r}"
@@ -92,13 +94,3 @@ class HeadVerifier(Verifier):
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
         save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"verifier config {str(path)!r}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"verifier config {str(path)!r}: expected a JSON object, got {type(config).__name__}")
-    return config

@@ -22,7 +22,7 @@ from llm2_fast.models.decoder import FINAL_LAYER, Decoder, Rows
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.verifier.head import ScoreHead
 from llm2_fast.verifier.scorer import Scorer
-from llm2_fast.verifier.verifier import Verifier, read_tensors
+from llm2_fast.verifier.verifier import Verifier, read_json, read_tensors
 
 _SIDE_FILE = "llm2_verifier.json"
 _PREFIX = "base_model.model."
@@ -146,12 +146,12 @@ class LoraVerifier(Verifier):
 
     @classmethod
     def _read(cls, directory: Path, **options: Any) -> LoraVerifier:
-        config = json.loads((directory / "adapter_config.json").read_text())
+        config = read_json(directory / "adapter_config.json")
         tensors = read_tensors(directory / "adapter_model.safetensors")
         side = {"base_model": config.get("base_model_name_or_path") or None}
         if (directory / _SIDE_FILE).is_file():
-            side = json.loads((directory / _SIDE_FILE).read_text())
-        return cls(config, tensors, base_name=side["base_model"], base_fingerprint=side.get("base_fingerprint"))
+            side = read_json(directory / _SIDE_FILE)
+        return cls(config, tensors, base_name=side.get("base_model"), base_fingerprint=side.get("base_fingerprint"))
 
     def _write(self, directory: Path) -> None:
         (directory / "adapter_config.json").write_text(json.dumps(self._config, indent=2, sort_keys=True) + "\n")

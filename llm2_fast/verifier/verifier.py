@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -135,6 +136,17 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except Exception as error:  # SafetensorError does not derive from a narrower public class
         raise CheckpointError(f"verifier weights {str(path)!r}: damaged or not safetensors: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `CheckpointError` if it is missing, damaged or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"verifier config {str(path)!r}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"verifier config {str(path)!r}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def _local_directory(path_or_id: str | os.PathLike[str]) -> Path:

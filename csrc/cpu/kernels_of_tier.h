@@ -1,0 +1,19 @@
+// All kernels, for the tier that LLM2_FAST_TIER names. Included once by each kernels_<tier>.cpp, after simd_<tier>.h,
+// and compiled there with the tier's flags. Everything lives in the tier's namespace or is static: a function compiled
+// for AVX-512 must not share a symbol with portable code. For the same reason std:: templates stay out.
+#pragma once
+
+#include "adjust_and_pick.h"
+#include "branch_attention.h"
+#include "kernels.h"
+#include "select_candidates.h"
+
+namespace llm2_fast {
+namespace LLM2_FAST_TIER {
+
+const KernelTable kKernels = {
+    select_candidates, adjust_and_pick, branch_attention, adjust_and_pick_workspace, branch_attention_workspace,
+};
+
+}  // namespace LLM2_FAST_TIER
+}  // namespace llm2_fast

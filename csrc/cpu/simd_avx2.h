@@ -1,0 +1,91 @@
+// Float vectors of AVX2 and FMA. The set of functions is the same in every simd_<tier>.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "llm2_fast/dtype.h"
+
+namespace llm2_fast {
+namespace avx2 {
+
+using Vec = __m256;
+constexpr int kLanes = 8;
+constexpr int kHeadsAtOnce = 2;  // query heads whose accumulators fit the registers, see branch_attention.h
+
+static inline Vec set1(float x) {
+  return _mm256_set1_ps(x);
+}
+static inline Vec add(Vec a, Vec b) {
+  return _mm256_add_ps(a, b);
+}
+static inline Vec sub(Vec a, Vec b) {
+  return _mm256_sub_ps(a, b);
+}
+static inline Vec mul(Vec a, Vec b) {
+  return _mm256_mul_ps(a, b);
+}
+static inline Vec fma(Vec a, Vec b, Vec c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+
+// a where a > b, else b: a NaN in b is kept, a NaN in a is dropped.
+static inline Vec max(Vec a, Vec b) {
+  return _mm256_max_ps(a, b);
+}
+
+// Bit i is set where a[i] >= b[i]; NaN compares false.
+static inline uint32_t at_least(Vec a, Vec b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+}
+
+// 2**n for a whole n in [-127, 127] that is given as n + 1.5 * 2**23; zero for -127.
+static inline Vec exp2_of_shifted(Vec shifted) {
+  const __m256i biased = _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+
+static inline Vec load(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+static inline Vec load(const BFloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+// The first n < kLanes elements at p, and `fill` in the other lanes.
+template <typename T>
+static inline Vec load_partial(const T* p, int n, float fill) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? to_float(p[i]) : fill;
+  return load(lanes);
+}
+
+static inline void store(float* p, Vec v) {
+  _mm256_storeu_ps(p, v);
+}
+
+static inline void transpose(Vec (&rows)[kLanes]) {
+  Vec pairs[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  // Half L of fours[j + c] holds column 4 * L + c of the rows j .. j + 3.
+  Vec fours[kLanes];
+  for (int j = 0; j < kLanes; j += 4) {
+    for (int half = 0; half < 2; ++half) {
+      const __m256d a = _mm256_castps_pd(pairs[j + half]), b = _mm256_castps_pd(pairs[j + half + 2]);
+      fours[j + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      fours[j + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+  }
+  for (int c = 0; c < 4; ++c) {
+    rows[c] = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x20);
+    rows[4 + c] = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x31);
+  }
+}
+
+}  // namespace avx2
+}  // namespace llm2_fast

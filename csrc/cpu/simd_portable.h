@@ -1,0 +1,88 @@
+// Float vectors of four lanes in the vector extension that GCC and Clang share, which becomes SSE2 or NEON. The set of
+// functions is the same in every simd_<tier>.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "llm2_fast/dtype.h"
+
+namespace llm2_fast {
+namespace portable {
+
+using Vec = float __attribute__((vector_size(16)));
+constexpr int kLanes = 4;
+constexpr int kHeadsAtOnce = 2;  // query heads whose accumulators fit the registers, see branch_attention.h
+
+static inline Vec set1(float x) {
+  return Vec{x, x, x, x};
+}
+static inline Vec add(Vec a, Vec b) {
+  return a + b;
+}
+static inline Vec sub(Vec a, Vec b) {
+  return a - b;
+}
+static inline Vec mul(Vec a, Vec b) {
+  return a * b;
+}
+static inline Vec fma(Vec a, Vec b, Vec c) {
+  return a * b + c;
+}
+
+// a where a > b, else b: a NaN in b is kept, a NaN in a is dropped.
+static inline Vec max(Vec a, Vec b) {
+  return a > b ? a : b;
+}
+
+// Bit i is set where a[i] >= b[i]; NaN compares false.
+static inline uint32_t at_least(Vec a, Vec b) {
+  const auto lanes = a >= b;
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(lanes[i] & 1) << i;
+  return bits;
+}
+
+// 2**n for a whole n in [-127, 127] that is given as n + 1.5 * 2**23; zero for -127.
+static inline Vec exp2_of_shifted(Vec shifted) {
+  using Words = uint32_t __attribute__((vector_size(16)));
+  Words words;
+  std::memcpy(&words, &shifted, sizeof(words));
+  words = (words + 127u) << 23;
+  std::memcpy(&shifted, &words, sizeof(words));
+  return shifted;
+}
+
+static inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+static inline Vec load(const BFloat16* p) {
+  return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+
+// The first n < kLanes elements at p, and `fill` in the other lanes.
+template <typename T>
+static inline Vec load_partial(const T* p, int n, float fill) {
+  Vec v = set1(fill);
+  for (int i = 0; i < n; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+
+static inline void store(float* p, Vec v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+static inline void transpose(Vec (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float swapped = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = swapped;
+    }
+  }
+}
+
+}  // namespace portable
+}  // namespace llm2_fast

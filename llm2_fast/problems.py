@@ -1,0 +1,68 @@
+"""`Problem`: a question with its reference solution, and how to read them from JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2_fast.errors import ArgumentError
+
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+_FINAL = re.compile(r"\n?####[ \t]*(.+?)\s*$")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question and its reference solution.
+
+    Attributes:
+        question: What the user asks.
+        answer: The reference, as written: in GSM8K's format the final answer follows `####` and calculator annotations
+            stand in `<<...>>`.
+    """
+
+    question: str
+    answer: str
+
+    @property
+    def solution(self) -> str:
+        """The reference as a model would say it: no annotations, and `#### x` spelled out."""
+        return _FINAL.sub(r"\nThe answer is \1.", _CALCULATOR.sub("", self.answer)).strip()
+
+
+def load_problems(source: str | os.PathLike[str] | Iterable[Problem | Mapping[str, Any]]) -> list[Problem]:
+    """Problems from a JSON-lines file with `question` and `answer`, or from mappings with these keys.
+
+    Raises:
+        ArgumentError: The file is missing, a line is no JSON object, or a field is missing or not text.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return [_parse(entry, f"problems[{i}]") for i, entry in enumerate(source)]
+    path = Path(source)
+    if not path.is_file():
+        raise ArgumentError("problems", "the path of a JSON-lines file", str(path))
+    problems = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ArgumentError(f"{path.name}:{number}", "a JSON object", str(error)) from error
+            problems.append(_parse(entry, f"{path.name}:{number}"))
+    return problems
+
+
+def _parse(entry: Problem | Mapping[str, Any], where: str) -> Problem:
+    if isinstance(entry, Problem):
+        return entry
+    if not isinstance(entry, Mapping):
+        raise ArgumentError(where, "an object with question and answer", type(entry).__name__)
+    for field in ("question", "answer"):
+        if not isinstance(entry.get(field), str) or not entry[field].strip():
+            raise ArgumentError(f"{where}.{field}", "non-empty text", entry.get(field))
+    return Problem(entry["question"], entry["answer"])

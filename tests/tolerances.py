@@ -1,0 +1,24 @@
+"""The tolerances of all comparisons of floating-point results, by op and dtype of its input.
+
+Each entry holds the `rtol` and `atol` of `torch.testing.assert_close`. Whatever is not listed is compared exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+
+TOLERANCES: dict[tuple[str, torch.dtype], dict[str, float]] = {
+    # The sum of exponentials is float32 for either dtype; its relative error is absolute in the logarithm.
+    ("select_candidates.logsumexp", torch.float32): {"rtol": 3e-7, "atol": 2e-6},
+    ("select_candidates.logsumexp", torch.bfloat16): {"rtol": 3e-7, "atol": 2e-6},
+    # Difference of two numbers of the size of the logits, up to 32 in the tests: a few units in their last place.
+    ("adjust_and_pick.logprob", torch.float32): {"rtol": 1e-6, "atol": 8e-6},
+    # Unit-variance inputs; the error of a score, about 1e-6, is relative in its weight.
+    ("branch_attention", torch.float32): {"rtol": 1e-5, "atol": 3e-6},
+    # Float32 inside, then one rounding to 8 bits of mantissa that may fall to either side.
+    ("branch_attention", torch.bfloat16): {"rtol": 2**-7, "atol": 1e-5},
+    # Two logarithms per draw, each within one unit in the last place.
+    ("gumbel", torch.float32): {"rtol": 1e-6, "atol": 1e-6},
+    # Scores up to about 50 from networks of three layers, whose sums are split differently with and without a cache.
+    ("verifier.score", torch.float32): {"rtol": 1e-5, "atol": 5e-5},
+}
