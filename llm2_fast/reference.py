@@ -116,7 +116,8 @@ def process_logits(
     rank = torch.arange(x.shape[-1], device=x.device)
     keep = (rank < top_k.unsqueeze(-1)) | (top_k.unsqueeze(-1) == 0)
     ranked = ranked.masked_fill(~keep, NEG_INF)
-    weight = (ranked - ranked[:, :1]).exp().nan_to_num(0.0)
+    # inf - inf: logits that overflowed at a tiny temperature are equal to the largest.
+    weight = (ranked - ranked[:, :1]).nan_to_num(nan=0.0).exp()
     before = weight.cumsum(dim=-1) - weight
     keep = (before < top_p.unsqueeze(-1) * weight.sum(dim=-1, keepdim=True)) | (top_p.unsqueeze(-1) >= 1)
     keep &= ranked >= ranked[:, :1] + log_min_p.unsqueeze(-1)

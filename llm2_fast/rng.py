@@ -54,8 +54,8 @@ def gumbel(
     Returns:
         float32 [B, K].
     """
-    token_ids = token_ids.to(torch.int64) & _MASK
-    per_row = [x.to(torch.int64).unsqueeze(-1) for x in (step, sample_index, request_id, seed)]
-    words = philox((token_ids, *per_row[:3]), per_row[3])
+    per_row = [x.unsqueeze(-1) for x in (step, sample_index, request_id)]
+    counter = tuple(x.to(torch.int64) & _MASK for x in (token_ids, *per_row))
+    words = philox(counter, seed.to(torch.int64).unsqueeze(-1))
     u = ((words[0] >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return -torch.log(-torch.log(u))

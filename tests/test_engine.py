@@ -9,7 +9,7 @@ from llm2_fast import ArgumentError, GenerationConfig, IncompatibleVerifierError
 from llm2_fast.cache.slots import SlotCache
 from llm2_fast.models.decoder import LanguageModel, Rows
 from llm2_fast.sequence import Sequence
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import tokenizer
 from verifiers import KINDS, case, head_verifier
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [3], [20, 21, 22, 4], [30, 31], [40, 41, 42]]
@@ -154,7 +154,7 @@ def test_no_branch_leaks_into_the_cache(kind, family):
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_stream_equals_generate(kind):
     model, verifier, _ = vars(case("llama", kind)).values()
-    built = llm2_fast.load(model, verifier, tokenizer=tiny_tokenizer(tiny.VOCAB))
+    built = llm2_fast.load(model, verifier, tokenizer=tokenizer())
     options = {"max_new_tokens": 12, "temperature": 1.0, "n": 2, "trace": True, "stop": ["w7 w"]}
     (expected,) = built.generate(PROMPTS[0], **options)
     events = list(built.stream(PROMPTS[0], **options))
@@ -198,7 +198,7 @@ def test_eos_ends_a_sample_and_ignore_eos_does_not():
 
 def test_stop_string_cuts_the_text():
     model, verifier, _ = vars(case("llama", "head")).values()
-    built = llm2_fast.load(model, verifier, tokenizer=tiny_tokenizer(tiny.VOCAB))
+    built = llm2_fast.load(model, verifier, tokenizer=tokenizer())
     (free,) = built.generate(PROMPTS[0], max_new_tokens=10, ignore_eos=True)
     stop = free.text.split()[3]
     (stopped,) = built.generate(PROMPTS[0], max_new_tokens=10, ignore_eos=True, stop=stop)
@@ -414,14 +414,13 @@ def test_every_error_is_a_package_error():
 
 
 def test_forms_of_prompts():
-    built = llm2_fast.load(tiny.causal_lm("llama"), tokenizer=tiny_tokenizer(tiny.VOCAB))
-    tokenizer = built.tokenizer
+    built = llm2_fast.load(tiny.causal_lm("llama"), tokenizer=tokenizer())
+    words = built.tokenizer
     chat = [{"role": "user", "content": "w5 w6"}]
-    as_chat = tokenizer(
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True), add_special_tokens=False
-    )["input_ids"]
+    as_text = words.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    as_chat = words(as_text, add_special_tokens=False)["input_ids"]
     mixed = built.generate(["w5 w6", chat, [5, 6], torch.tensor([7, 8])], max_new_tokens=2)
-    assert [r.prompt_token_ids for r in mixed] == [tokenizer("w5 w6")["input_ids"], as_chat, [5, 6], [7, 8]]
+    assert [r.prompt_token_ids for r in mixed] == [words("w5 w6")["input_ids"], as_chat, [5, 6], [7, 8]]
     for single in ("w5 w6", chat, [5, 6], torch.tensor([5, 6])):
         assert len(built.generate(single, max_new_tokens=1)) == 1
     assert all(isinstance(r.text, str) for r in mixed)

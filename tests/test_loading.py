@@ -8,7 +8,7 @@ import tiny
 from llm2_fast import CheckpointError
 from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.models.loading import load_model
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import tokenizer
 
 
 @pytest.fixture
@@ -16,14 +16,14 @@ def saved(tmp_path):
     """A saved model with its tokenizer."""
     model = tiny.causal_lm("llama")
     model.save_pretrained(tmp_path)
-    tiny_tokenizer(tiny.VOCAB).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
     return tmp_path
 
 
 def test_directory_and_loaded_model_generate_the_same(saved):
     (from_path,) = llm2_fast.generate(str(saved), None, "w5 w6 w7", max_new_tokens=6)
     (from_memory,) = llm2_fast.generate(
-        tiny.causal_lm("llama"), None, "w5 w6 w7", tokenizer=tiny_tokenizer(tiny.VOCAB), max_new_tokens=6
+        tiny.causal_lm("llama"), None, "w5 w6 w7", tokenizer=tokenizer(), max_new_tokens=6
     )
     assert from_path.samples[0].token_ids == from_memory.samples[0].token_ids
     assert from_path.text == from_memory.text

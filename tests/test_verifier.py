@@ -16,7 +16,7 @@ import verifiers
 from llm2_fast import CheckpointError, IncompatibleVerifierError, Verifier
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.verifier import FullVerifier
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import tokenizer
 from verifiers import KINDS, case, peft_classifier
 
 TOKENS = [5, 9, 33, 2, 17, 8]
@@ -57,7 +57,7 @@ def test_round_trip(kind, family, tmp_path):
 
 
 def test_head_checkpoint_names_its_base(tmp_path):
-    model, verifier, _ = vars(case("llama", "head")).values()
+    verifier = case("llama", "head").verifier
     verifier.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["base_model"] == "tiny"
@@ -165,7 +165,7 @@ def test_adapter_with_a_fingerprint_is_bound_to_its_base(tmp_path):
 
 def test_peft_itself_agrees_with_the_whole_generation(tmp_path):
     """The adapter through PEFT's own loading, not only through the model it was made from."""
-    model, verifier, _ = vars(case("llama", "lora")).values()
+    model = case("llama", "lora").model
     base = AutoModelForSequenceClassification.from_config(tiny.config("llama", num_labels=1))
     base.base_model.load_state_dict(model.base_model.state_dict())
     base.save_pretrained(tmp_path / "base")
@@ -229,11 +229,11 @@ def test_two_labels_are_refused(tmp_path):
 
 
 def test_another_tokenizer_is_refused():
-    model = LoadedModel(tiny.causal_lm("llama"), tiny_tokenizer(tiny.VOCAB), "tiny")
+    model = LoadedModel(tiny.causal_lm("llama"), tokenizer(), "tiny")
     full = case("llama", "full").verifier
-    same = FullVerifier(full.network, full.head.weight, tokenizer=tiny_tokenizer(tiny.VOCAB))
+    same = FullVerifier(full.network, full.head.weight, tokenizer=tokenizer())
     same.scorer(model)
-    other = FullVerifier(full.network, full.head.weight, tokenizer=tiny_tokenizer(tiny.VOCAB - 1))
+    other = FullVerifier(full.network, full.head.weight, tokenizer=tokenizer(tiny.VOCAB - 1))
     with pytest.raises(
         IncompatibleVerifierError, match=re.escape("tokenizer of tiny (61 tokens), got another one (60")
     ):
@@ -242,11 +242,11 @@ def test_another_tokenizer_is_refused():
 
 def test_vocabularies_may_differ_in_padding_only(tmp_path):
     """One tokenizer, embeddings padded to different sizes: fine, and padding ids can never be chosen."""
-    tokenizer = tiny_tokenizer(tiny.VOCAB)
+    words = tokenizer()
     padded = tiny.causal_lm("llama", vocab_size=tiny.VOCAB + 3)
     full = case("llama", "full").verifier
-    verifier = FullVerifier(full.network, full.head.weight, tokenizer=tiny_tokenizer(tiny.VOCAB))
-    engine = llm2_fast.load(padded, verifier, tokenizer=tokenizer)
+    verifier = FullVerifier(full.network, full.head.weight, tokenizer=tokenizer())
+    engine = llm2_fast.load(padded, verifier, tokenizer=words)
     (result,) = engine.generate([5, 6, 7], alpha=0.0, candidate_top_k=32, max_new_tokens=8, temperature=3.0)
     assert all(token < tiny.VOCAB for token in result.samples[0].token_ids)
     assert result.samples[0].error is None

@@ -1,21 +1,39 @@
-"""A word-level tokenizer for the tiny models, made on the spot."""
+"""A word tokenizer with a chat template for the tiny models, made on the fly."""
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+import tiny
+
+_SPECIAL = ("<unk>", "<s>", "</s>")  # at 1 and 2, where the tiny models expect beginning and end
+_CHAT_WORDS = ("user", "assistant")
 _CHAT_TEMPLATE = (
-    "{% for m in messages %}w3 {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}w4{% endif %}"
+    "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
 )
 
 
-def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Words `w3`, `w4`, … with their number as id; 0, 1 and 2 are `<unk>`, `<s>` and `</s>`."""
-    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, vocab_size))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    fast.chat_template = _CHAT_TEMPLATE
-    return fast
+def words(vocab_size: int = tiny.VOCAB) -> list[str]:
+    """The vocabulary by id: special tokens, the roles of a chat, then w5, w6 and so on."""
+    first = [*_SPECIAL, *_CHAT_WORDS]
+    return [*first, *(f"w{i}" for i in range(len(first), vocab_size))]
+
+
+def tokenizer(vocab_size: int = tiny.VOCAB) -> PreTrainedTokenizerFast:
+    """One id per word and none for the beginning; other words are `<unk>`."""
+    unknown, beginning, end = _SPECIAL
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words(vocab_size))}, unk_token=unknown))
+    core.pre_tokenizer = Whitespace()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token=unknown,
+        bos_token=beginning,
+        eos_token=end,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    made.chat_template = _CHAT_TEMPLATE
+    return made

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 success, 1 a sample ended with an error, 2 wrong usage or an `Llm2FastError`, 130 Ctrl-C.
     """
     try:
-        options = _make_parser().parse_args(arguments)
+        options = parse(arguments)
         code = options.run(options)
         sys.stdout.flush()
         return code
@@ -57,6 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has gone, as with `| head`. What is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of a command line, `run` among them.
+
+    argparse takes a list of positional arguments from one place only, so prompts behind an option come back unparsed.
+    """
+    parser = _make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "prompts") or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.prompts = [*options.prompts, *rest]
+    return options
 
 
 def _make_parser() -> argparse.ArgumentParser:

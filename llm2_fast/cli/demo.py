@@ -178,16 +178,13 @@ def _show_answer(display: Display, answer: Answer, engine: Engine) -> None:
 def _show_summary(display: Display, summary: Summary) -> None:
     display.line()
     display.line(Segment("In total", "title"))
-    display.line(
-        Segment(
-            f"  {summary.verified_tokens} tokens with System 2: {summary.ambiguous_share:.0%} of the steps ambiguous, "
-            f"{summary.mean_candidates:.1f} candidates on average, {summary.interventions} interventions"
-        )
+    tokens = (
+        f"{summary.verified_tokens} tokens with System 2: {summary.ambiguous_share:.0%} of the steps ambiguous, "
+        f"{summary.mean_candidates:.1f} candidates on average, {summary.interventions} interventions"
     )
-    display.line(
-        Segment(
-            f"  {summary.verified_tokens_per_second:.1f} tokens/s with System 2, "
-            f"{summary.plain_tokens_per_second:.1f} plainly ({summary.plain_tokens} tokens): "
-            f"ratio {summary.speed_ratio:.2f}"
-        )
+    speed = (
+        f"{summary.verified_tokens_per_second:.1f} tokens/s with System 2, {summary.plain_tokens_per_second:.1f} "
+        f"plainly ({summary.plain_tokens} tokens): ratio {summary.speed_ratio:.2f}"
     )
+    for text in (tokens, speed):
+        display.paragraph(Segment("  "), [Segment(text)])

@@ -86,8 +86,8 @@ def _pack(entries: list[Segment], width: int) -> list[list[Segment]]:
     """The entries on as few lines as hold them, in columns of one width."""
     column = max(len(entry.text) for entry in entries) + 3
     per_line = max(1, (width + 3) // column)
-    padded = [Segment(entry.text.ljust(column), entry.style) for entry in entries]
-    return [padded[start : start + per_line] for start in range(0, len(padded), per_line)]
+    lines = [entries[start : start + per_line] for start in range(0, len(entries), per_line)]
+    return [[*(Segment(e.text.ljust(column), e.style) for e in line[:-1]), line[-1]] for line in lines]
 
 
 def _token(token_id: int, tokenizer: PreTrainedTokenizerBase | None) -> str:

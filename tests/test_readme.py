@@ -1,0 +1,87 @@
+"""What README.md and docs/ say can be run: their Python on a tiny model, their commands as far as they parse."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llm2_fast
+import tiny
+import tiny_tokenizer
+from llm2_fast.cli import parse
+from llm2_fast.models import smollm2
+from verifiers import head_verifier
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/embedding.md", "docs/verifiers.md")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model and verifier where the pages look for those of the demo; an empty working directory."""
+    model = tiny.causal_lm("llama")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.tokenizer().save_pretrained(tmp_path / "model")
+    head_verifier(model).save_pretrained(tmp_path / "verifier")
+    monkeypatch.setattr(smollm2, "model_file", lambda: tmp_path / "model")
+    monkeypatch.setattr(smollm2, "default_verifier", lambda: tmp_path / "verifier")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+def run(page: str) -> dict[str, Any]:
+    """Run the Python blocks of a page one after the other, and return the names they leave."""
+    names: dict[str, Any] = {}
+    found = blocks(page, "python")
+    assert found
+    for block in found:
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("README.md")
+    assert names["generation"].text in capsys.readouterr().out
+    assert len(names["samples"]) == 4
+    assert llm2_fast.Verifier.from_pretrained("my-verifier").kind == "head"
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_embedding_gives_the_tokens_of_the_engine() -> None:
+    names = run("docs/embedding.md")
+    engine = llm2_fast.load(smollm2.model_file(), smollm2.default_verifier())
+    (expected,) = engine.generate("The capital of Australia is", max_new_tokens=names["MAX_NEW_TOKENS"])
+    tokens = expected.prompt_token_ids + expected.samples[0].token_ids
+    assert expected.stats.interventions > 0
+    assert names["token_ids"] == tokens
+    assert names["output"][0].tolist() == tokens
+
+
+def test_commands_parse() -> None:
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines]
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {command[0] for command in commands} == {"llm2-fast", "make", "pip"}
+    for program, *arguments in commands:
+        if program == "llm2-fast":
+            assert callable(parse(arguments).run)
+        elif program == "make":
+            assert set(arguments) <= set(targets)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not ((ROOT / page).parent / link).is_file()] == []
