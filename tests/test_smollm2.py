@@ -6,6 +6,8 @@ from safetensors import safe_open
 
 import llm2_fast
 import oracle
+import tiny
+import verifiers
 from llm2_fast.errors import MissingDependencyError
 from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.models.smollm2 import default_verifier, model_file
@@ -23,11 +25,18 @@ def engine():
         pytest.skip(str(error))
 
 
-def test_tokens_equal_the_oracle(engine):
+@pytest.mark.parametrize("kind", ["head", "lora", "full"])
+def test_tokens_equal_the_oracle(engine, kind):
     model, verifier = engine.model.model, engine.verifier
+    if kind == "head":
+        score = oracle.head_score(model, verifier.head.score.weight)
+    elif kind == "lora":
+        _, verifier, score = vars(verifiers.lora_case(model)).values()
+    else:
+        small = tiny.classifier("llama", vocab_size=model.config.vocab_size)
+        _, verifier, score = vars(verifiers.full_case(model, small)).values()
     config = llm2_fast.GenerationConfig(max_new_tokens=8, trace=True)
-    (result,) = engine.generate([CHAT], config)
-    score = oracle.head_score(model, verifier.head.score.weight)
+    (result,) = llm2_fast.load(model, verifier, tokenizer=engine.tokenizer).generate([CHAT], config)
     tokens, logprobs, candidates, margin = oracle.generate(
         result.prompt_token_ids, oracle.model_logits(model), score, config, eos=(2,)
     )

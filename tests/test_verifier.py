@@ -169,7 +169,7 @@ def test_peft_itself_agrees_with_the_whole_generation(tmp_path):
     base = AutoModelForSequenceClassification.from_config(tiny.config("llama", num_labels=1))
     base.base_model.load_state_dict(model.base_model.state_dict())
     base.save_pretrained(tmp_path / "base")
-    adapted = peft_classifier("llama", model)
+    adapted = peft_classifier(model)
     adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     adapted.save_pretrained(tmp_path / "adapter")
     auto = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=1).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,11 +47,14 @@ def head_verifier(model: PreTrainedModel, seed: int = 5) -> HeadVerifier:
     return HeadVerifier(head, base_name="tiny", base_fingerprint=fingerprint(model))
 
 
-def peft_classifier(family: str, model: PreTrainedModel):
+def peft_classifier(model: PreTrainedModel):
     """A random LoRA sequence classifier on `model`'s weights, as PEFT builds it."""
-    classifier = AutoModelForSequenceClassification.from_config(tiny.config(family, num_labels=1))
+    config = copy.deepcopy(model.config)
+    config.num_labels, config.pad_token_id = 1, None
+    classifier = AutoModelForSequenceClassification.from_config(config)
     classifier.base_model.load_state_dict(model.base_model.state_dict())
-    targets = _LORA_TARGETS.get(family, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    targets = _LORA_TARGETS.get(model.config.model_type, linear)
     config = LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=6, target_modules=targets, modules_to_save=["score"])
     adapted = get_peft_model(classifier, config)
     generator = torch.Generator().manual_seed(7)
@@ -61,21 +65,30 @@ def peft_classifier(family: str, model: PreTrainedModel):
     return adapted.eval()
 
 
-def _head_case(family: str, model: PreTrainedModel) -> Case:
-    verifier = head_verifier(model)
-    return Case(model, verifier, oracle.head_score(model, verifier.head.score.weight))
-
-
-def _lora_case(family: str, model: PreTrainedModel) -> Case:
-    adapted = peft_classifier(family, model)
+def lora_case(model: PreTrainedModel) -> Case:
+    """`model` with a random LoRA verifier that went through PEFT's checkpoint."""
+    adapted = peft_classifier(model)
     with tempfile.TemporaryDirectory() as directory:
         adapted.save_pretrained(directory)
         verifier = Verifier.from_pretrained(directory)
     return Case(model, verifier, oracle.classifier_score(adapted))
 
 
-def _full_case(family: str, model: PreTrainedModel) -> Case:
-    classifier = tiny.classifier(family, num_hidden_layers=2)
+def full_case(model: PreTrainedModel, classifier: PreTrainedModel) -> Case:
+    """`model` with a verifier made of a random `classifier`."""
     classifier.score.weight.data *= _SCORE_SCALE
     verifier = FullVerifier(classifier.base_model, classifier.score.weight.data)
     return Case(model, verifier, oracle.classifier_score(classifier))
+
+
+def _head_case(family: str, model: PreTrainedModel) -> Case:
+    verifier = head_verifier(model)
+    return Case(model, verifier, oracle.head_score(model, verifier.head.score.weight))
+
+
+def _lora_case(family: str, model: PreTrainedModel) -> Case:
+    return lora_case(model)
+
+
+def _full_case(family: str, model: PreTrainedModel) -> Case:
+    return full_case(model, tiny.classifier(family, num_hidden_layers=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -101,11 +102,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _load(*arguments: object, **options: object) -> Engine:
-    from transformers.utils.logging import disable_progress_bar
-
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries, read when they are imported
     from llm2_fast.engine import load
 
-    disable_progress_bar()
     return load(*arguments, **options)
 
 

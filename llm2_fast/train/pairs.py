@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llm2_fast.cache.slots import SlotCache
+from llm2_fast.errors import ArgumentError
 from llm2_fast.models.decoder import FINAL_LAYER, LanguageModel, Rows
 from llm2_fast.ops import select_candidates
 from llm2_fast.problems import Problem
@@ -36,6 +37,11 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.negatives)
+
+    def where(self, mask: torch.Tensor) -> Pairs:
+        """The pairs for which `mask`, bool [num_pairs], is true."""
+        kept = (column[mask] for column in (self.negatives, self.position, self.plausible, self.system1_margin))
+        return Pairs(self.positives, *kept)
 
 
 def tokenize_solution(
@@ -86,7 +92,7 @@ def collect_pairs(
             parts.append(Pairs(pairs.positives, pairs.negatives, offset, pairs.plausible, pairs.system1_margin))
             num_positions += len(pairs.positives)
     if not parts:
-        raise ValueError("problems: expected at least one position with a plausible token besides the ground truth")
+        raise ArgumentError("problems", "a position with a plausible token besides the ground truth", "none")
     columns = zip(*((p.positives, p.negatives, p.position, p.plausible, p.system1_margin) for p in parts), strict=True)
     return Pairs(*(torch.cat(column) for column in columns))
 

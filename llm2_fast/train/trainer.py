@@ -66,6 +66,7 @@ def train_verifier(
     tokenizer: PreTrainedTokenizerBase | None = None,
     alpha: float = 0.1,
     max_candidates: int = 8,
+    plausible_only: bool = True,
     layers: tuple[int, ...] = (FINAL_LAYER,),
     mlp_size: int = 0,
     epochs: int = 5,
@@ -89,6 +90,8 @@ def train_verifier(
         heldout: Problems to measure on, or the share of `examples` (the last ones) to hold out; in (0, 1).
         tokenizer: Instead of the one beside the weights.
         alpha, max_candidates: Of the plausible set from which negatives come.
+        plausible_only: Train on positions whose ground truth is plausible too. Elsewhere the verifier is never asked
+            about the ground truth, and learns the style of the solutions rather than what is right.
         layers, mlp_size: Shape of the `ScoreHead`.
         epochs: Passes over the pairs.
         learning_rate: Peak of a cosine schedule with 10 % warm-up.
@@ -126,12 +129,15 @@ def train_verifier(
     torch.manual_seed(seed)
     hidden_size = loaded.model.config.get_text_config().hidden_size
     head = ScoreHead(hidden_size, layers, mlp_size)
-    fit_head(head, train, epochs, learning_rate, weight_decay, batch_size)
+    used = train.where(train.plausible) if plausible_only else train
+    if len(used) == 0:
+        raise ArgumentError("examples", "a position whose ground truth and another token are plausible", "none")
+    fit_head(head, used, epochs, learning_rate, weight_decay, batch_size)
     # A local path means nothing elsewhere, its last part may.
     base_name = Path(loaded.name).name if os.path.exists(loaded.name) else loaded.name
     verifier = HeadVerifier(head, base_name=base_name, base_fingerprint=fingerprint(loaded.model))
     every, plausible = (_accuracy(head, test, mask) for mask in (torch.ones_like(test.plausible), test.plausible))
-    return TrainingResult(verifier, len(train), every, plausible)
+    return TrainingResult(verifier, len(used), every, plausible)
 
 
 def pairwise_loss(positive_scores: torch.Tensor, negative_scores: torch.Tensor) -> torch.Tensor:
@@ -178,8 +184,9 @@ def _split(problems: list[Problem], heldout: Problems | float) -> tuple[list[Pro
 @torch.no_grad()
 def _accuracy(head: ScoreHead, pairs: Pairs, mask: torch.Tensor) -> PairwiseAccuracy:
 
-    margin = (head([pairs.positives])[pairs.position] - head([pairs.negatives]))[mask]
-    system1 = pairs.system1_margin[mask]
+    pairs = pairs.where(mask)
+    margin = head([pairs.positives])[pairs.position] - head([pairs.negatives])
+    system1 = pairs.system1_margin
 
     def share(x: torch.Tensor) -> float:
         return float((x > 0).float().mean()) if len(x) else float("nan")
