@@ -96,25 +96,37 @@ def generate(
     return tokens, logprobs, steps, margin
 
 
-@torch.no_grad()
 def model_logits(model) -> NextLogits:
     """Full forward pass of a causal language model."""
-    return lambda tokens: model(torch.tensor([tokens]), use_cache=False).logits[0, -1].double().tolist()
+
+    def next_logits(tokens: list[int]) -> list[float]:
+        with torch.no_grad():
+            return model(torch.tensor([tokens]), use_cache=False).logits[0, -1].double().tolist()
+
+    return next_logits
 
 
-@torch.no_grad()
-def head_score(model, weight: torch.Tensor) -> Score:
-    """Linear head on the final norm's output at the candidate's position."""
+def head_score(model, state: dict[str, torch.Tensor], layers: tuple[int, ...] = (-1,)) -> Score:
+    """Head with the tensors `score.weight` and perhaps `dense.*`, at the candidate's position.
+
+    Layer -1 is the output of the final norm, i that of decoder layer i.
+    """
+    state = {name: tensor.double() for name, tensor in state.items()}
 
     def score(tokens: list[int], candidate: int) -> float:
+        ids = torch.tensor([[*tokens, candidate]])
         with torch.no_grad():
-            hidden = model.base_model(torch.tensor([[*tokens, candidate]]), use_cache=False).last_hidden_state[0, -1]
-        return float(hidden.double() @ weight.double().flatten())
+            output = model.base_model(ids, use_cache=False, output_hidden_states=True)
+        states = [output.last_hidden_state if i == -1 else output.hidden_states[i + 1] for i in layers]
+        x = torch.cat([h[0, -1].double() for h in states])
+        if "dense.weight" in state:
+            x = state["dense.weight"] @ x + state["dense.bias"]
+            x = x / (1 + torch.exp(-x))
+        return float(state["score.weight"].flatten() @ x)
 
     return score
 
 
-@torch.no_grad()
 def classifier_score(classifier) -> Score:
     """Logit of a one-label sequence classifier (transformers, or transformers with a PEFT adapter)."""
 

@@ -6,8 +6,9 @@ import torch
 import llm2_fast
 import oracle
 import tiny
-import verifiers
 from llm2_fast import GenerationConfig
+from llm2_fast.models.fingerprint import fingerprint
+from llm2_fast.verifier import HeadVerifier, ScoreHead
 from verifiers import KINDS, case
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [3], [20, 21, 22, 4]]  # ragged; the first is longer than the sliding windows
@@ -87,22 +88,13 @@ def test_beta_zero_is_plain_decoding_with_min_p():
 
 
 def test_head_reads_the_layers_and_shape_it_was_made_for():
-    model = verifiers.tiny.causal_lm("llama")
-    from llm2_fast.models.fingerprint import fingerprint
-    from llm2_fast.verifier import HeadVerifier, ScoreHead
-
+    model = tiny.causal_lm("llama")
     torch.manual_seed(3)
     head = ScoreHead(32, layers=(0, -1), mlp_size=8)
     verifier = HeadVerifier(head, base_name="tiny", base_fingerprint=fingerprint(model))
-
-    @torch.no_grad()
-    def score(tokens, candidate):
-        ids = torch.tensor([[*tokens, candidate]])
-        output = model.base_model(ids, use_cache=False, output_hidden_states=True)
-        x = torch.cat([output.hidden_states[1][0, -1], output.last_hidden_state[0, -1]])
-        return float(head.score(torch.nn.functional.silu(head.dense(x))))
-
     config = GenerationConfig(max_new_tokens=8, beta=4.0)
+    score = oracle.head_score(model, head.state_dict(), head.layers)
     expected, *_ = oracle.generate(PROMPTS[0], oracle.model_logits(model), score, config, eos=(2,))
     (result,) = llm2_fast.generate(model, verifier, PROMPTS[0], config=config)
     assert result.samples[0].token_ids == expected
+    assert result.stats.interventions > 0

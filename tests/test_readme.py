@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import llm2_fast
 import tiny
@@ -30,6 +31,8 @@ def blocks(page: str, language: str) -> list[str]:
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny model and verifier where the pages look for those of the demo; an empty working directory."""
     model = tiny.causal_lm("llama")
+    with torch.no_grad():
+        model.lm_head.weight /= 2  # flatter: the words of an example's solution are plausible now and then
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.tokenizer().save_pretrained(tmp_path / "model")
     head_verifier(model).save_pretrained(tmp_path / "verifier")

@@ -216,7 +216,8 @@ def test_official_layout_a_causal_lm_with_a_score_head(tmp_path):
     edit_tensors(tmp_path / "model.safetensors", lambda tensors: {**tensors, "score.weight": score})
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     verifier = Verifier.from_pretrained(tmp_path)
-    torch.testing.assert_close(scores(verifier), expected(oracle.head_score(causal_lm, score)), rtol=1e-4, atol=1e-5)
+    by_hand = oracle.head_score(causal_lm, {"score.weight": score})
+    torch.testing.assert_close(scores(verifier), expected(by_hand), rtol=1e-4, atol=1e-5)
     verifier.save_pretrained(tmp_path / "classifier")
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier").eval()
     torch.testing.assert_close(scores(verifier), expected(oracle.classifier_score(classifier)), rtol=1e-4, atol=1e-5)

@@ -83,7 +83,7 @@ def full_case(model: PreTrainedModel, classifier: PreTrainedModel) -> Case:
 
 def _head_case(family: str, model: PreTrainedModel) -> Case:
     verifier = head_verifier(model)
-    return Case(model, verifier, oracle.head_score(model, verifier.head.score.weight))
+    return Case(model, verifier, oracle.head_score(model, verifier.head.state_dict()))
 
 
 def _lora_case(family: str, model: PreTrainedModel) -> Case:
