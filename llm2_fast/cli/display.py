@@ -68,7 +68,8 @@ class PlainDisplay:
             self.line(Segment(" " * len(label.text) if number else label.text), Segment(line))
 
     def status(self, message: str) -> AbstractContextManager[object]:
-        self.line(Segment(message))
+        if self._file.isatty():  # nobody waits in front of a file
+            self.line(Segment(message))
         return nullcontext()
 
 

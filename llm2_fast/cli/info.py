@@ -54,10 +54,10 @@ def describe_installation() -> Iterator[tuple[str, Any]]:
     yield from _describe_cpu_extension()
 
     from llm2_fast.engine import _BACKENDS
-    from llm2_fast.models.loading import _cache_directory
+    from llm2_fast.models.loading import cache_directory
 
     yield "backends", list(_BACKENDS)
-    yield "cache_directory", str(_cache_directory())
+    yield "cache_directory", str(cache_directory())
 
 
 def describe_checkpoint(path: Path) -> Iterator[tuple[str, Any]]:

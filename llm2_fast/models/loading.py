@@ -136,7 +136,8 @@ def _read_tokenizer(source: str | Path, **options: Any) -> PreTrainedTokenizerBa
         raise CheckpointError(f"tokenizer of {str(where)!r}: cannot be loaded: {error}") from error
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
+    """Where converted models are kept: `LLM2_FAST_CACHE`, else `llm2_fast` in the user's cache directory."""
     root = os.environ.get("LLM2_FAST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "llm2_fast")
     return Path(root).expanduser()
 
@@ -153,7 +154,7 @@ def _convert_gguf(path: Path) -> Path:
     """Directory with the dequantized weights of a GGUF file as float32 safetensors, converted on first use."""
     if not path.is_file():
         raise CheckpointError(f"model {str(path)!r}: no such file")
-    target = _cache_directory() / "gguf" / f"{path.stem}-{_file_hash(path)}"
+    target = cache_directory() / "gguf" / f"{path.stem}-{_file_hash(path)}"
     if target.exists():
         return target
     try:
