@@ -25,8 +25,8 @@ _QUESTIONS = (
     "What is the capital of Australia?",
     "Why is the sky blue? Answer in one sentence.",
     "Tom has 3 boxes with 4 apples each. How many apples does he have?",
-    "Name three animals that can fly.",
-    "Which is heavier, a kilogram of feathers or a kilogram of iron?",
+    "A shirt costs 15 dollars and a hat costs 7 dollars. How much do they cost together?",
+    "Sara had 10 balloons and gave 3 of them to her friend. How many are left?",
 )
 _SHOWN_INTERVENTIONS = 5
 
