@@ -5,67 +5,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
 #include <string>
 #include <vector>
 
+#include "arguments.h"
+#include "decoder_bindings.h"
 #include "llm2_fast/isa.h"
 #include "llm2_fast/ops.h"
-#include "tensor_argument.h"
 
 namespace llm2_fast {
 namespace {
 
 namespace py = pybind11;
-using OptionalIsa = std::optional<std::string>;
-
-Isa chosen_isa(const OptionalIsa& isa) {
-  return isa.has_value() ? parse_isa("isa", *isa) : active_isa();
-}
-
-DType float_dtype(const TensorArgument& tensor) {
-  return tensor.dtype() == "float32" ? DType::kFloat32 : DType::kBFloat16;
-}
-
-void require_at_least(const char* name, int64_t value, int64_t minimum) {
-  if (value < minimum) throw argument_error(name, ">= " + std::to_string(minimum), std::to_string(value));
-}
-
-// A [B] argument.
-class VectorArgument : public TensorArgument {
- public:
-  VectorArgument(const char* name, py::handle capsule, const char* dtype, int64_t size, Access access = Access::kRead)
-      : TensorArgument(name, capsule, {dtype}, 1, access) {
-    require_shape({size}).require_contiguous();
-  }
-};
-
-// A [B, K] argument.
-class MatrixArgument : public TensorArgument {
- public:
-  MatrixArgument(const char* name, py::handle capsule, const char* dtype, int64_t rows, int64_t columns,
-                 Access access = Access::kRead)
-      : TensorArgument(name, capsule, {dtype}, 2, access) {
-    require_shape({rows, columns});
-    if (access == Access::kWrite) require_contiguous();
-  }
-};
-
-// A [B, K] argument that may be None, which reads as null.
-class OptionalMatrixArgument {
- public:
-  OptionalMatrixArgument(const char* name, py::handle capsule, const char* dtype, int64_t rows, int64_t columns) {
-    if (!capsule.is_none()) tensor_.emplace(name, capsule, dtype, rows, columns);
-  }
-  template <typename T>
-  T* data() const {
-    return tensor_.has_value() ? tensor_->data<T>() : nullptr;
-  }
-  int64_t stride(int dimension) const { return tensor_.has_value() ? tensor_->stride(dimension) : 0; }
-
- private:
-  std::optional<MatrixArgument> tensor_;
-};
 
 void select_candidates_py(py::handle logits, py::handle log_alpha, py::handle candidate_top_k, int64_t max_candidates,
                           py::handle ids, py::handle candidate_logits, py::handle count, py::handle logsumexp,
@@ -276,7 +227,8 @@ PYBIND11_MODULE(llm2_fast_C, module) {
   module.doc() = "CPU ops of llm2_fast on DLPack capsules; see llm2_fast.ops for the functions to call.";
   module.def(
       "cpu_isa", [] { return isa_name(active_isa()); },
-      "Instruction-set tier in use: 'portable', 'avx2' or 'avx512'. The environment variable LLM2_FAST_CPU_ISA "
+      "Instruction-set tier in use: 'portable', 'avx2', 'avx512' or 'avx512_bf16'. The environment variable "
+      "LLM2_FAST_CPU_ISA "
       "caps it; a tier that cannot run here raises ValueError.");
   module.def("cpu_isas", &cpu_isas, "The tiers that this build and CPU can run, lowest first.");
 
@@ -292,6 +244,7 @@ PYBIND11_MODULE(llm2_fast_C, module) {
   module.def("branch_attention", &branch_attention_py, arg("query"), arg("key_cache"), arg("value_cache"),
              arg("block_table"), arg("row_sequence"), arg("row_prefix_length"), arg("row_has_own"), arg("own_key"),
              arg("own_value"), arg("scale"), arg("sliding_window"), arg("output"), arg("isa") = py::none());
+  bind_decoder(module);
 }
 
 }  // namespace llm2_fast

@@ -10,6 +10,10 @@ from typing import Any
 from llm2_fast.errors import ArgumentError
 
 _MAX_SEED = 2**64 - 1
+_MAX_INT32 = 2**31 - 1
+_MOST_CANDIDATES = 2**16  # memory of a step is proportional to it
+_LARGE = 1e6
+_MIN_TEMPERATURE = 1e-4
 
 
 def check_number(
@@ -28,7 +32,8 @@ def check_number(
     expected = " ".join(
         filter(None, ["an integer" if integer else "a number", " and ".join(filter(None, [lower, upper]))])
     )
-    valid = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, not converted: an integer may be too large for a float.
+    valid = isinstance(value, kind) and not isinstance(value, bool) and -math.inf < value < math.inf
     if not valid or value > maximum or value < minimum or (exclusive_minimum and value == minimum):
         raise ArgumentError(name, expected, repr(value))
 
@@ -60,7 +65,8 @@ class GenerationConfig:
 
     Attributes:
         repetition_penalty: Divides positive and multiplies negative logits of tokens already in the sequence; > 0.
-        temperature: 0 picks the largest adjusted logit; otherwise logits are divided by it before sampling.
+        temperature: 0 picks the largest adjusted logit; otherwise, from 1e-4 on, logits are divided by it before
+            sampling.
         top_k: Keep the `top_k` largest.
         top_p: Keep the smallest set of largest probabilities that sums to at least `top_p`; in (0, 1].
         min_p: Drop tokens less probable than `min_p` times the most probable; in [0, 1].
@@ -97,8 +103,8 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, minimum=0, maximum=1)
-        check_number("beta", self.beta, minimum=0)
-        check_number("max_candidates", self.max_candidates, integer=True, minimum=1)
+        check_number("beta", self.beta, minimum=0, maximum=_LARGE)
+        check_number("max_candidates", self.max_candidates, integer=True, minimum=1, maximum=_MOST_CANDIDATES)
         if self.candidate_top_k is not None:
             check_number("candidate_top_k", self.candidate_top_k, integer=True, minimum=1)
             if self.candidate_top_k > self.max_candidates:
@@ -107,12 +113,14 @@ class GenerationConfig:
         elif self.alpha == 0:
             expected = "> 0, or candidate_top_k set, since alpha = 0 makes every token a candidate"
             raise ArgumentError("alpha", expected, "alpha = 0 with candidate_top_k = None")
-        check_number("temperature", self.temperature, minimum=0)
+        check_number("temperature", self.temperature, minimum=0, maximum=_LARGE)
+        if 0 < self.temperature < _MIN_TEMPERATURE:  # logits divided by less overflow float32
+            raise ArgumentError("temperature", f"0 or at least {_MIN_TEMPERATURE:g}", self.temperature)
         if self.top_k is not None:
-            check_number("top_k", self.top_k, integer=True, minimum=1)
+            check_number("top_k", self.top_k, integer=True, minimum=1, maximum=_MAX_INT32)
         check_number("top_p", self.top_p, minimum=0, maximum=1, exclusive_minimum=True)
         check_number("min_p", self.min_p, minimum=0, maximum=1)
-        check_number("repetition_penalty", self.repetition_penalty, minimum=0, exclusive_minimum=True)
+        check_number("repetition_penalty", self.repetition_penalty, minimum=0, maximum=_LARGE, exclusive_minimum=True)
         check_number("n", self.n, integer=True, minimum=1)
         check_number("seed", self.seed, integer=True, minimum=0, maximum=_MAX_SEED)
         check_number("max_new_tokens", self.max_new_tokens, integer=True, minimum=1)

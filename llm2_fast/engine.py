@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2_fast.backends.backend import Backend
+from llm2_fast.backends.cpu import CpuBackend
 from llm2_fast.backends.reference import ReferenceBackend
 from llm2_fast.config import GenerationConfig, check_number, check_option_names
 from llm2_fast.detokenizer import Detokenizer
@@ -24,7 +28,8 @@ from llm2_fast.results import FinishReason, Generation, GenerationStats, Sample,
 from llm2_fast.sequence import Sequence
 from llm2_fast.verifier import Verifier
 
-_BACKENDS = {ReferenceBackend.name: ReferenceBackend}
+_LOGGER = logging.getLogger(__name__)
+_BACKENDS = {backend.name: backend for backend in (CpuBackend, ReferenceBackend)}
 
 
 def load(
@@ -48,7 +53,8 @@ def load(
         tokenizer: Instead of the one beside the weights. A model without one takes token ids only.
         device: "auto" or a torch device.
         dtype: "auto" (the checkpoint's; float32 for GGUF) or a floating-point torch dtype or its name.
-        backend: "auto" or "reference".
+        backend: "cpu", "reference", or "auto": "cpu" where it supports model and verifier, else "reference"; a log
+            message then says why.
         max_batch_size: Sequences decoded together; more wait their turn.
         max_length: Bound on prompt and new tokens together; by default, and at most, the models' context.
         allow_pickle: Also read pickled weights, which can run code while they load.
@@ -58,7 +64,7 @@ def load(
         CheckpointError: A checkpoint is missing, damaged or pickled.
         IncompatibleVerifierError: The verifier was made for another model or tokenizer.
     """
-    if backend != "auto" and backend not in _BACKENDS:
+    if not isinstance(backend, str) or (backend != "auto" and backend not in _BACKENDS):
         raise ArgumentError("backend", f"'auto' or one of {', '.join(map(repr, _BACKENDS))}", repr(backend))
     check_number("max_batch_size", max_batch_size, integer=True, minimum=1)
     if max_length is not None:
@@ -70,8 +76,8 @@ def load(
         verifier = Verifier.from_pretrained(
             verifier, device=loaded.model.device, dtype=loaded.model.dtype, allow_pickle=allow_pickle
         )
-    chosen = _BACKENDS[ReferenceBackend.name if backend == "auto" else backend](loaded, verifier)
-    return Engine(chosen, loaded, verifier, max_batch_size=max_batch_size, max_length=max_length)
+    chosen = _choose_backend(loaded, verifier) if backend == "auto" else _BACKENDS[backend]
+    return Engine(chosen(loaded, verifier), loaded, verifier, max_batch_size=max_batch_size, max_length=max_length)
 
 
 def generate(
@@ -91,7 +97,7 @@ def generate(
         One `Generation` per prompt.
 
     Raises:
-        ArgumentError: An option is unknown or out of range, before anything is loaded.
+        ArgumentError: An option is unknown (checked before anything is loaded) or out of range.
     """
     of_load = {name for name, p in inspect.signature(load).parameters.items() if p.kind is p.KEYWORD_ONLY}
     check_option_names(options, of_load | {"config", "request_ids", *GenerationConfig.option_names()}, what="option")
@@ -103,6 +109,8 @@ def generate(
 
 class Engine:
     """Decodes prompts with one model and at most one verifier. Make one with `load`.
+
+    Threads may share an engine. Engines that share a model, or a verifier, must not run at the same time.
 
     Attributes:
         model: The LLM and its tokenizer.
@@ -122,6 +130,7 @@ class Engine:
     ) -> None:
         self.model, self.verifier, self.max_batch_size = model, verifier, max_batch_size
         self._backend = backend
+        self._lock = threading.Lock()  # threads take turns, a step at a time
         limits = [limit for limit in (backend.max_position_embeddings, max_length) if limit is not None]
         self.max_length = min(limits, default=None)
         self._eos_token_ids = _eos_token_ids(model)
@@ -181,15 +190,16 @@ class Engine:
         Raises:
             ArgumentError: As for `generate`, at the call, not at the first event.
         """
-        requests = self._make_requests(prompt, _merge_config(config, overrides), [request_id])
-        if len(requests) != 1:
-            raise ArgumentError("prompt", "one prompt", f"{len(requests)} prompts")
-        return self._decode(requests)
+        if (count := len(as_prompt_list(prompt))) != 1:
+            raise ArgumentError("prompt", "one prompt", f"{count} prompts")
+        return self._decode(self._make_requests(prompt, _merge_config(config, overrides), [request_id]))
 
     def _make_requests(
         self, prompts: Prompt | Iterable[Prompt], config: GenerationConfig, request_ids: Iterable[int] | None
     ) -> list[_Request]:
         prompts = as_prompt_list(prompts)
+        if not isinstance(request_ids, (Iterable, type(None))):
+            raise ArgumentError("request_ids", "integers, one per prompt", repr(request_ids))
         request_ids = list(range(len(prompts)) if request_ids is None else request_ids)
         if len(request_ids) != len(prompts):
             raise ArgumentError("request_ids", f"one per prompt, {len(prompts)}", f"{len(request_ids)}")
@@ -217,24 +227,30 @@ class Engine:
             while waiting or live:
                 free = self.max_batch_size - len(live)
                 live += self._admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
-                outputs = self._backend.step([sampling.sequence for sampling in live])
+                with self._lock:
+                    outputs = self._backend.step([sampling.sequence for sampling in live])
                 for sampling, output in zip(live, outputs, strict=True):
                     yield sampling.record(output)
                     if sampling.finished:
-                        self._backend.free(sampling.sequence)
+                        self._free(sampling.sequence)
                 live = [sampling for sampling in live if not sampling.finished]
         finally:
             # Also after Ctrl-C, an error, or a stream that is not read to its end.
             for request in requests:
                 for sequence in (request.prefix, *(sampling.sequence for sampling in request.samples)):
-                    self._backend.free(sequence)
+                    self._free(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        with self._lock:
+            self._backend.free(sequence)
 
     def _admit(self, samplings: list[_Sampling]) -> list[_Sampling]:
         """Prefill each prompt once; its samples fork from the prefix, and the last one takes it over."""
         new = [sampling.request for sampling in samplings if sampling.sequence.sample_index == 0]
         if new:
             start = time.perf_counter()
-            self._backend.prefill([request.prefix for request in new])
+            with self._lock:
+                self._backend.prefill([request.prefix for request in new])
             for request in new:
                 request.prefilled(time.perf_counter() - start)
         for sampling in samplings:
@@ -242,7 +258,8 @@ class Engine:
             if sampling is sampling.request.samples[-1]:
                 sequence.slot, prefix.slot = prefix.slot, None
             else:
-                self._backend.fork(prefix, sequence)
+                with self._lock:
+                    self._backend.fork(prefix, sequence)
         return samplings
 
 
@@ -305,6 +322,8 @@ class _Sampling:
             if self._detokenizer is not None:
                 text += self._detokenizer.finish()
                 sample.text = self._detokenizer.text
+                if self._detokenizer.stopped and sample.finish_reason == "length":
+                    sample.finish_reason = "stop"  # the last characters were held back until now
             self.request.stats.decode_seconds = time.perf_counter() - self.request.decode_start
         return StreamEvent(
             self.sequence.sample_index,
@@ -326,6 +345,19 @@ class _Sampling:
         if len(self.sequence.token_ids) >= self.request.config.max_new_tokens:
             return "length"
         return None
+
+
+def _choose_backend(model: LoadedModel, verifier: Verifier | None) -> type[Backend]:
+    if (reason := CpuBackend.unsupported(model, verifier)) is None:
+        return CpuBackend
+    _log_reference(reason)
+    return ReferenceBackend
+
+
+@functools.cache
+def _log_reference(reason: str) -> None:
+    """Once per reason."""
+    _LOGGER.warning("backend: 'reference', which is slow, because the cpu backend cannot run this: %s", reason)
 
 
 def _merge_config(config: GenerationConfig | None, overrides: dict[str, Any]) -> GenerationConfig:

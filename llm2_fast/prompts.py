@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import UserDict
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -18,8 +19,10 @@ def as_prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list of prompts. An empty list holds no prompt."""
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, dict) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, (Mapping, UserDict, bytes, bytearray)) or not isinstance(prompts, Iterable):
         raise ArgumentError("prompts", _EXPECTED, type(prompts).__name__)
+    if getattr(prompts, "ndim", 1) == 0:
+        raise ArgumentError("prompts", _EXPECTED, "a zero-dimensional array")
     items = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)  # tensors and arrays of ids
     single = items and (all(_is_token(x) for x in items) or all(isinstance(x, dict) for x in items))
     return [items] if single else items
@@ -40,7 +43,9 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, voc
     Raises:
         ArgumentError: Of another type, empty, outside the vocabulary, or text without a tokenizer.
     """
-    if isinstance(prompt, Iterable) and not isinstance(prompt, (str, dict)):
+    if isinstance(prompt, Iterable) and not isinstance(prompt, (str, Mapping, UserDict, bytes, bytearray)):
+        if getattr(prompt, "ndim", 1) == 0:
+            raise ArgumentError(name, _EXPECTED, "a zero-dimensional array")
         prompt = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
         if prompt and all(_is_token(x) for x in prompt):
             return _checked_ids([int(token) for token in prompt], vocab_size, name)

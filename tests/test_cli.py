@@ -239,7 +239,7 @@ def test_help_documents_every_option(name: str, capsys: pytest.CaptureFixture[st
         (["generate", "m", "--chat", "p", "--no-such-option", "q"], "unrecognized arguments: p --no-such-option q"),
         (["info", "p", "q"], "unrecognized arguments: q"),
         (["info", "no/such/path"], "path: expected a directory or a GGUF file, got no/such/path"),
-        (["demo", "--beta=-1"], "beta: expected a number >= 0, got -1.0"),
+        (["demo", "--beta=-1"], "beta: expected a number >= 0 and <= 1e+06, got -1.0"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,10 @@
 """The engine: batching, queueing, streaming, statistics, isolation of errors, interruption."""
 
+from functools import partial
+
 import pytest
 import torch
+from transformers import BatchEncoding
 
 import llm2_fast
 import tiny
@@ -10,7 +13,10 @@ from llm2_fast.cache.slots import SlotCache
 from llm2_fast.models.decoder import LanguageModel, Rows
 from llm2_fast.sequence import Sequence
 from tiny_tokenizer import tokenizer
-from verifiers import KINDS, case, head_verifier
+from verifiers import KINDS, case, full_case, head_verifier
+
+load = partial(llm2_fast.load, backend="reference")
+generate = partial(llm2_fast.generate, backend="reference")
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [3], [20, 21, 22, 4], [30, 31], [40, 41, 42]]
 NAN_TOKEN = 60
@@ -18,7 +24,7 @@ NAN_TOKEN = 60
 
 def engine(kind="head", family="llama", **options):
     model, verifier, _ = vars(case(family, kind)).values()
-    return llm2_fast.load(model, verifier, **options)
+    return load(model, verifier, **options)
 
 
 def tokens(generation):
@@ -34,7 +40,7 @@ def model_without(token, *, nan):
     return model
 
 
-# --- Batches -------------------------------------------------------------------------------------------------------
+# --- Batches ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "n": 3}], ids=["greedy", "sampled"])
@@ -68,6 +74,7 @@ def test_empty_list_gives_empty_list():
 
 def test_prompt_is_prefilled_once_for_all_its_samples():
     model, verifier, _ = vars(case("llama", "full")).values()
+    prompt = list(range(3, 43))
     rows_of = {}
     for name, module in {"llm": model.model, "verifier": verifier.network}.items():
         rows_of[name] = []
@@ -77,21 +84,23 @@ def test_prompt_is_prefilled_once_for_all_its_samples():
 
         module.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        built = llm2_fast.load(model, verifier, max_batch_size=2)
-        rows_of["llm"].clear()
+        built = load(model, verifier, max_batch_size=2)
+        for rows in rows_of.values():
+            rows.clear()  # of the checks made at loading
         # Six samples, two places: those admitted later still fork from the prompt's prefix.
-        built.generate(PROMPTS[0], n=6, temperature=1.0, max_new_tokens=4)
+        built.generate(prompt, n=6, temperature=1.0, max_new_tokens=4, max_candidates=8)
     finally:
         for module in (model.model, verifier.network):
             module._forward_pre_hooks.clear()
             module._forward_pre_hooks_with_kwargs.clear()
-    assert [shape for shape in rows_of["llm"] if shape[1] > 1] == [(1, len(PROMPTS[0]))]
+    for shapes in rows_of.values():
+        assert [shape for shape in shapes if shape[1] >= len(prompt)] == [(1, len(prompt))]
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_one_forward_pass_per_model_and_step(kind):
     model, verifier, _ = vars(case("llama", kind)).values()
-    built = llm2_fast.load(model, verifier, max_batch_size=len(PROMPTS))
+    built = load(model, verifier, max_batch_size=len(PROMPTS))
     calls = {"llm": 0, "verifier": 0}
     # The LoRA verifier runs inside the LLM's modules, so it is told apart by whether its hooks are in place.
     adapted = model.model.layers[0].self_attn.q_proj
@@ -120,14 +129,14 @@ def test_one_forward_pass_per_model_and_step(kind):
         assert calls["verifier"] > 0
 
 
-# --- The cache -----------------------------------------------------------------------------------------------------
+# --- The cache -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_branch_leaks_into_the_cache(kind, family):
     model, verifier, _ = vars(case(family, kind)).values()
-    backend = llm2_fast.load(model, verifier)._backend
+    backend = load(model, verifier)._backend
     config = GenerationConfig(max_new_tokens=8)
     sequences = [Sequence(i, 0, config, prompt) for i, prompt in enumerate(PROMPTS)]
     backend.prefill(sequences)
@@ -148,13 +157,13 @@ def test_no_branch_leaks_into_the_cache(kind, family):
         backend.free(sequence)
 
 
-# --- Streaming -----------------------------------------------------------------------------------------------------
+# --- Streaming -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_stream_equals_generate(kind):
     model, verifier, _ = vars(case("llama", kind)).values()
-    built = llm2_fast.load(model, verifier, tokenizer=tokenizer())
+    built = load(model, verifier, tokenizer=tokenizer())
     options = {"max_new_tokens": 12, "temperature": 1.0, "n": 2, "trace": True, "stop": ["w7 w"]}
     (expected,) = built.generate(PROMPTS[0], **options)
     events = list(built.stream(PROMPTS[0], **options))
@@ -177,28 +186,28 @@ def test_abandoned_stream_frees_its_slots():
 
 
 def test_stream_checks_its_arguments_at_the_call():
-    with pytest.raises(ArgumentError, match="prompt: expected one prompt, got 2 prompts|request_ids"):
+    with pytest.raises(ArgumentError, match="prompt: expected one prompt, got 2 prompts"):
         engine().stream([[1, 2], [3]])
 
 
-# --- Stopping ------------------------------------------------------------------------------------------------------
+# --- Stopping --------------------------------------------------------------------------------------------
 
 
 def test_eos_ends_a_sample_and_ignore_eos_does_not():
     model = tiny.causal_lm("llama")
-    (free,) = llm2_fast.generate(model, None, PROMPTS[0], max_new_tokens=10, ignore_eos=True)
+    (free,) = generate(model, None, PROMPTS[0], max_new_tokens=10, ignore_eos=True)
     ids = free.samples[0].token_ids
     assert free.samples[0].finish_reason == "length"
     assert len(ids) == 10
     model.generation_config.eos_token_id = [ids[4], 59]
-    (ended,) = llm2_fast.generate(model, None, PROMPTS[0], max_new_tokens=10)
+    (ended,) = generate(model, None, PROMPTS[0], max_new_tokens=10)
     assert ended.samples[0].token_ids == ids[: ids.index(ids[4]) + 1]
     assert ended.samples[0].finish_reason == "eos"
 
 
 def test_stop_string_cuts_the_text():
     model, verifier, _ = vars(case("llama", "head")).values()
-    built = llm2_fast.load(model, verifier, tokenizer=tokenizer())
+    built = load(model, verifier, tokenizer=tokenizer())
     (free,) = built.generate(PROMPTS[0], max_new_tokens=10, ignore_eos=True)
     stop = free.text.split()[3]
     (stopped,) = built.generate(PROMPTS[0], max_new_tokens=10, ignore_eos=True, stop=stop)
@@ -207,7 +216,7 @@ def test_stop_string_cuts_the_text():
     assert stopped.samples[0].token_ids == free.samples[0].token_ids[: len(stopped.samples[0].token_ids)]
 
 
-# --- Statistics ----------------------------------------------------------------------------------------------------
+# --- Statistics ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -237,15 +246,15 @@ def test_logprobs_are_those_of_the_adjusted_logits():
         assert logprob == pytest.approx(float(expected), abs=1e-6)
 
 
-# --- Errors of one sequence ----------------------------------------------------------------------------------------
+# --- Errors of one sequence ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [None, "head", "full"])
 def test_nan_logits_end_one_sequence_only(kind):
     clean_model, nan_model = (model_without(NAN_TOKEN, nan=nan) for nan in (False, True))
     make = {None: lambda _: None, "head": head_verifier, "full": lambda _: case("llama", "full").verifier}[kind]
-    clean = llm2_fast.load(clean_model, make(clean_model)).generate(PROMPTS, max_new_tokens=6)
-    built = llm2_fast.load(nan_model, make(nan_model))
+    clean = load(clean_model, make(clean_model)).generate(PROMPTS, max_new_tokens=6)
+    built = load(nan_model, make(nan_model))
     prompts = [*PROMPTS[:2], [4, NAN_TOKEN], *PROMPTS[2:]]
     results = built.generate(prompts, max_new_tokens=6, request_ids=[0, 1, 9, 2, 3, 4])
     (failed,) = results.pop(2).samples
@@ -271,14 +280,14 @@ def test_nan_scores_end_one_sequence_only():
     model, _, _ = vars(case("llama", "full")).values()
     classifier = tiny.classifier("llama", num_hidden_layers=2)
     classifier.model.embed_tokens.weight.data[PROMPTS[1][0]] = float("nan")
-    from llm2_fast.verifier import FullVerifier
-
-    broken = FullVerifier(classifier.base_model, classifier.score.weight.data)
-    results = llm2_fast.generate(model, broken, [PROMPTS[0], PROMPTS[1], PROMPTS[3]], max_new_tokens=4)
+    broken = full_case(model, classifier).verifier
+    good = [PROMPTS[0], PROMPTS[3]]
+    results = generate(model, broken, [good[0], PROMPTS[1], good[1]], max_new_tokens=4, backend="reference")
+    clean = generate(model, case("llama", "full").verifier, good, max_new_tokens=4, backend="reference")
     (failed,) = results[1].samples
     assert failed.finish_reason == "error"
     assert "scores" in failed.error
-    assert results[0].samples[0].finish_reason in ("eos", "length")
+    assert [tokens(results[0]), tokens(results[2])] == [tokens(result) for result in clean]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -311,7 +320,7 @@ def test_generation_leaves_the_model_as_it_was():
     flags = [module.training for module in model.modules()]
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     adapter = case("llama", "lora").verifier
-    llm2_fast.generate(model, adapter, PROMPTS, max_new_tokens=4)
+    generate(model, adapter, PROMPTS, max_new_tokens=4)
     assert [module.training for module in model.modules()] == flags
     assert all(not module._forward_hooks for module in model.modules())
     for name, parameter in model.named_parameters():
@@ -321,7 +330,7 @@ def test_generation_leaves_the_model_as_it_was():
     model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
 
 
-# --- Bad input -----------------------------------------------------------------------------------------------------
+# --- Bad input -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -340,6 +349,9 @@ def test_generation_leaves_the_model_as_it_was():
         ("text", r"prompts\[0\]: expected token ids, since the model came without a tokenizer, got str"),
         (3, r"prompts: expected a string, chat messages .* got int"),
         ({"role": "user"}, r"prompts: expected a string, .* got dict"),
+        (b"bytes", r"prompts: expected a string, .* got bytes"),
+        (BatchEncoding({"input_ids": [[1]]}), r"prompts: expected a string, .* got BatchEncoding"),
+        (torch.tensor(3), r"prompts: expected a string, .* got a zero-dimensional array"),
         ([1.5], r"prompts\[0\]: expected a string, .* got 1.5"),
     ],
 )
@@ -351,12 +363,17 @@ def test_bad_prompts(prompts, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tpu"}, "backend: expected 'auto' or one of 'reference', got 'tpu'"),
+        ({"backend": "tpu"}, "backend: expected 'auto' or one of 'cpu', 'reference', got 'tpu'"),
         ({"max_batch_size": 0}, "max_batch_size: expected an integer >= 1, got 0"),
         ({"max_length": 1}, "max_length: expected an integer >= 2, got 1"),
         ({"dtype": "int3"}, "dtype: expected 'auto', .* got 'int3'"),
         ({"dtype": "bfloat16"}, "dtype: expected 'auto' or torch.float32, the loaded model's"),
-        ({"device": "nowhere"}, "device: expected 'auto' or a torch device, got 'nowhere'"),
+        ({"device": "nowhere"}, "device: expected 'auto' or a torch device of this machine, got 'nowhere'"),
+        ({"device": "meta"}, "device: expected a device that computes, got 'meta'"),
+        ({"dtype": ["float32"]}, r"dtype: expected 'auto', .* got \['float32'\]"),
+        ({"backend": ["cpu"]}, "backend: expected 'auto' or one of"),
+        ({"tokenizer": "gpt2"}, "tokenizer: expected a transformers tokenizer or None, got 'gpt2'"),
+        ({"request_ids": 5}, "request_ids: expected integers, one per prompt, got 5"),
         ({"verifier": 3}, "verifier: expected a path, a hub id, .* got int"),
         ({"temprature": 1.0}, r"option: expected one of .* got 'temprature' \(did you mean 'temperature'\?\)"),
         ({"config": {"alpha": 1}}, "config: expected a GenerationConfig or None, got dict"),
@@ -368,19 +385,19 @@ def test_bad_prompts(prompts, message):
 def test_bad_options(options, message):
     options = dict(options)
     with pytest.raises(ArgumentError, match=message):
-        llm2_fast.generate(tiny.causal_lm("llama"), options.pop("verifier", None), [1, 2], **options)
+        generate(tiny.causal_lm("llama"), options.pop("verifier", None), [1, 2], **options)
 
 
 def test_model_of_another_type():
     with pytest.raises(ArgumentError, match=r"model: expected a path, a hub id or .*, got int"):
-        llm2_fast.load(3)
+        load(3)
 
 
 def test_unsupported_attention_is_refused():
     model = tiny.causal_lm("llama")
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ArgumentError, match="model: expected attn_implementation 'eager' or 'sdpa', got 'flash"):
-        llm2_fast.load(model)
+        load(model)
 
 
 def test_model_with_other_cache_conventions_is_refused(monkeypatch):
@@ -388,20 +405,22 @@ def test_model_with_other_cache_conventions_is_refused(monkeypatch):
     forward = model.model.forward
     # Stands for an architecture that ignores the positions it is given.
     monkeypatch.setattr(model.model, "forward", lambda *a, position_ids=None, **k: forward(*a, **k))
-    with pytest.raises(ArgumentError, match="model: expected a decoder-only model .* whose cached logits differ"):
-        llm2_fast.load(model)
+    with pytest.raises(
+        ArgumentError, match="model: expected a decoder-only model .* whose cached hidden states differ"
+    ):
+        load(model)
 
 
 @pytest.mark.parametrize("kind", ["head"])
 def test_verifier_of_another_base_is_refused(kind):
     other = tiny.causal_lm("llama", seed=9)
     with pytest.raises(IncompatibleVerifierError, match="verifier: expected a model with fingerprint .* got"):
-        llm2_fast.load(other, case("llama", kind).verifier)
+        load(other, case("llama", kind).verifier)
 
 
 def test_verifier_with_another_vocabulary_is_refused():
     with pytest.raises(IncompatibleVerifierError, match="verifier: expected a vocabulary of 71 tokens, got 61"):
-        llm2_fast.load(tiny.causal_lm("llama", vocab_size=71), case("llama", "full").verifier)
+        load(tiny.causal_lm("llama", vocab_size=71), case("llama", "full").verifier)
 
 
 def test_every_error_is_a_package_error():
@@ -410,11 +429,11 @@ def test_every_error_is_a_package_error():
         assert isinstance(error, ValueError)
 
 
-# --- Prompts -------------------------------------------------------------------------------------------------------
+# --- Prompts ---------------------------------------------------------------------------------------------
 
 
 def test_forms_of_prompts():
-    built = llm2_fast.load(tiny.causal_lm("llama"), tokenizer=tokenizer())
+    built = load(tiny.causal_lm("llama"), tokenizer=tokenizer())
     words = built.tokenizer
     chat = [{"role": "user", "content": "w5 w6"}]
     as_text = words.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

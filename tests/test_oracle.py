@@ -1,5 +1,7 @@
 """The reference backend against brute force, for every family, verifier kind and way of sampling."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,6 +12,9 @@ from llm2_fast import GenerationConfig
 from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.verifier import HeadVerifier, ScoreHead
 from verifiers import KINDS, case
+
+load = partial(llm2_fast.load, backend="reference")
+generate = partial(llm2_fast.generate, backend="reference")
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [3], [20, 21, 22, 4]]  # ragged; the first is longer than the sliding windows
 OPTIONS = {
@@ -35,7 +40,7 @@ def test_tokens_equal_the_oracle(family, kind, options):
     model, verifier, score = vars(case(family, kind)).values()
     config = GenerationConfig(max_new_tokens=8, trace=True, **options)
     # Two places for up to six samples: prompts wait, are admitted late and decoded beside others.
-    results = llm2_fast.load(model, verifier, max_batch_size=2).generate(PROMPTS, config)
+    results = load(model, verifier, max_batch_size=2).generate(PROMPTS, config)
     next_logits = oracle.model_logits(model)
     for request, (prompt, result) in enumerate(zip(PROMPTS, results, strict=True)):
         for index, sample in enumerate(result.samples):
@@ -52,7 +57,7 @@ def test_tokens_equal_the_oracle(family, kind, options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_in_the_trace_are_the_verifiers(kind):
     model, verifier, score = vars(case("llama", kind)).values()
-    (result,) = llm2_fast.generate(model, verifier, PROMPTS[0], max_new_tokens=8, trace=True)
+    (result,) = generate(model, verifier, PROMPTS[0], max_new_tokens=8, trace=True)
     prefix, scored = list(PROMPTS[0]), 0
     for step in result.samples[0].trace:
         if len(step.candidate_ids) == 1:
@@ -68,12 +73,12 @@ def test_scores_in_the_trace_are_the_verifiers(kind):
 def test_system1_choice_is_that_of_beta_zero():
     model, verifier, _ = vars(case("llama", "head")).values()
     options = {"max_new_tokens": 12, "trace": True, "temperature": 1.0}
-    (result,) = llm2_fast.generate(model, verifier, PROMPTS[0], **options)
+    (result,) = generate(model, verifier, PROMPTS[0], **options)
     trace = result.samples[0].trace
     interventions = [i for i, step in enumerate(trace) if step.intervention]
     assert len(interventions) == result.stats.interventions > 0
     # Up to the first intervention a run with beta = 0 makes the same choices, there it makes System 1's.
-    (plain,) = llm2_fast.generate(model, verifier, PROMPTS[0], beta=0.0, **options)
+    (plain,) = generate(model, verifier, PROMPTS[0], beta=0.0, **options)
     first = interventions[0]
     assert plain.samples[0].token_ids[: first + 1] == [step.system1_token_id for step in trace[: first + 1]]
 
@@ -81,8 +86,8 @@ def test_system1_choice_is_that_of_beta_zero():
 def test_beta_zero_is_plain_decoding_with_min_p():
     model, verifier, _ = vars(case("llama", "full")).values()
     options = {"max_new_tokens": 12, "temperature": 1.0, "n": 2}
-    truncated = llm2_fast.generate(model, verifier, PROMPTS, beta=0.0, alpha=0.2, max_candidates=61, **options)
-    min_p = llm2_fast.generate(model, None, PROMPTS, min_p=0.2, **options)
+    truncated = generate(model, verifier, PROMPTS, beta=0.0, alpha=0.2, max_candidates=61, **options)
+    min_p = generate(model, None, PROMPTS, min_p=0.2, **options)
     for a, b in zip(truncated, min_p, strict=True):
         assert [s.token_ids for s in a.samples] == [s.token_ids for s in b.samples]
 
@@ -95,6 +100,6 @@ def test_head_reads_the_layers_and_shape_it_was_made_for():
     config = GenerationConfig(max_new_tokens=8, beta=4.0)
     score = oracle.head_score(model, head.state_dict(), head.layers)
     expected, *_ = oracle.generate(PROMPTS[0], oracle.model_logits(model), score, config, eos=(2,))
-    (result,) = llm2_fast.generate(model, verifier, PROMPTS[0], config=config)
+    (result,) = generate(model, verifier, PROMPTS[0], config=config)
     assert result.samples[0].token_ids == expected
     assert result.stats.interventions > 0

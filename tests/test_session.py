@@ -9,8 +9,17 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
+import tiny
 from llm2_fast import ArgumentError
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.verifier import VerifierSession
@@ -20,7 +29,7 @@ from verifiers import KINDS, case
 
 PREFIX = [5, 6, 7, 8, 9, 10, 11, 12]  # longer than the sliding windows
 TOLERANCE = TOLERANCES["verifier.score", torch.float32]
-MAX_LENGTH = 40
+MAX_LENGTH, MAX_SLOTS = 40, 3
 
 
 @pytest.fixture(params=KINDS)
@@ -86,13 +95,15 @@ class Programs(RuleBasedStateMachine):
 
     slots = Bundle("slots")
     tokens = st.lists(st.integers(3, 6), max_size=4)  # few, so that the tokens taken are often ones just scored
-    candidates = st.lists(st.integers(3, 6) | st.integers(0, VOCAB + 2), max_size=4)
+    taken = st.lists(st.integers(3, 6), min_size=1, max_size=4)
+    candidates = st.lists(st.integers(3, 6) | st.integers(0, VOCAB + 2), max_size=6)
 
     def __init__(self, family, kind):
         super().__init__()
         self.session, self.score = make_session(family, kind), case(family, kind).score
         self.sequences: dict[int, list[int]] = {}
 
+    @precondition(lambda self: len(self.sequences) < MAX_SLOTS)
     @rule(target=slots, tokens=tokens)
     def add(self, tokens):
         slot = self.session.add(tokens)
@@ -106,12 +117,17 @@ class Programs(RuleBasedStateMachine):
             self.session.extend(slot, tokens)
             self.sequences[slot] += tokens
 
+    @rule(some=st.lists(slots, max_size=2))
+    def compute(self, some):
+        self.session.compute(list(set(some)))
+
     @rule(slot=slots, share=st.floats(0, 1))
     def rollback(self, slot, share):
         length = round(share * len(self.sequences[slot]))
         self.session.rollback(slot, length)
         del self.sequences[slot][length:]
 
+    @precondition(lambda self: len(self.sequences) < MAX_SLOTS)
     @rule(target=slots, slot=slots)
     def fork(self, slot):
         child = self.session.fork(slot)
@@ -124,17 +140,38 @@ class Programs(RuleBasedStateMachine):
         self.session.free(slot)
         del self.sequences[slot]
 
-    @rule(asked=st.lists(st.tuples(slots, candidates), min_size=1, max_size=3, unique_by=lambda pair: pair[0]))
+    @rule(asked=st.lists(st.tuples(slots, candidates), min_size=1, max_size=3))
     def score_some(self, asked):
-        slots, candidates = [slot for slot, _ in asked], [c for _, c in asked]
-        results = self.session.score(slots, candidates)
-        for slot, ids, (scores, _) in zip(slots, candidates, results, strict=True):
+        candidates = dict(asked)
+        results = self.session.score(list(candidates), list(candidates.values()))
+        for (slot, ids), (scores, _) in zip(candidates.items(), results, strict=True):
             assert_scores(scores, self.score, self.sequences[slot], ids)
+
+    # What a decoding loop does with candidates just scored; single calls in a row seldom meet on one slot.
+
+    @rule(slot=slots, candidates=taken, share=st.sampled_from([0.0, 0.5, 1.0]))
+    def score_go_back_and_take_one(self, slot, candidates, share):
+        self.score_some([(slot, candidates)])
+        self.rollback(slot, share)
+        self.extend(slot, [candidates[-1]])
+
+    @precondition(lambda self: len(self.sequences) < MAX_SLOTS)
+    @rule(target=slots, slot=slots, candidates=taken)
+    def score_fork_and_take_two(self, slot, candidates):
+        self.score_some([(slot, candidates)])
+        child = self.fork(slot)
+        self.extend(slot, [candidates[0]])
+        self.extend(child, [candidates[-1]])
+        return child
 
     @invariant()
     def tokens_are_kept(self):
         for slot, tokens in self.sequences.items():
             assert self.session.token_ids(slot) == tokens
+
+    def teardown(self):
+        for slot, tokens in self.sequences.items():
+            assert_scores(scores_of(self.session, slot, [4]), self.score, tokens, [4])
 
 
 @pytest.mark.parametrize(
@@ -183,10 +220,36 @@ def test_sequences_are_scored_in_one_pass(session, score):
         assert num_rows == len(prefix) + len(ids)
 
 
-def test_nothing_to_score(session):
-    assert session.score([], []) == []
+def test_nothing_to_score_is_no_pass(session):
     slot = session.add()
-    assert scores_of(session, slot, []).shape == (0,)
+    with counted_rows(session) as passes:
+        assert session.score([], []) == []
+        assert scores_of(session, slot, []).shape == (0,)
+        session.compute([])
+    assert passes == []
+
+
+def test_computed_prefixes_are_shared_by_forks(session, score):
+    slot = session.add(PREFIX)
+    scores_of(session, slot, [3, 4])
+    session.extend(slot, [5, 6])
+    with counted_rows(session) as passes:
+        session.compute([slot])
+        children = [session.fork(slot), session.fork(slot)]
+        results = session.score(children, [[3], [4]])
+        session.compute([slot, *children])  # nothing is left to compute
+    assert passes == [2, 2]
+    for (scores, _), token in zip(results, [3, 4], strict=True):
+        assert_scores(scores, score, [*PREFIX, 5, 6], [token])
+
+
+def test_compute_forgets_the_rows_it_overwrites(session, score):
+    slot = session.add(PREFIX)
+    scores_of(session, slot, [3, 4])
+    session.extend(slot, [5])
+    session.compute([slot])
+    session.extend(slot, [4])
+    assert_scores(scores_of(session, slot, [7]), score, [*PREFIX, 5, 4], [7])
 
 
 def test_candidates_beyond_the_vocabulary_score_minus_infinity(session, score):
@@ -239,13 +302,27 @@ def test_negative_candidates_are_refused(session, score):
     assert_scores(scores_of(session, slot, [3]), score, PREFIX, [3])
 
 
+def test_sequences_beyond_the_context_are_refused(session, score):
+    limit = tiny.config("llama").max_position_embeddings
+    tokens = [3 + i % 7 for i in range(limit)]
+    with pytest.raises(ArgumentError, match=f"token_ids: expected at most {limit} tokens.*got {limit + 1}"):
+        session.add([*tokens, 3])
+    slot = session.add(tokens[:-1])
+    assert_scores(scores_of(session, slot, [4]), score, tokens[:-1], [4])  # the last position
+    session.extend(slot, tokens[-1:])
+    with pytest.raises(ArgumentError, match=f"at most {limit} tokens"):
+        session.extend(slot, [3])
+    with pytest.raises(ArgumentError, match=f"at most {limit} tokens"):
+        session.score([slot], [[3]])
+
+
 def test_a_slot_asked_twice_is_refused(session):
     slot = session.add(PREFIX)
     with pytest.raises(ArgumentError, match="slots: expected distinct slots"):
         session.score([slot, slot], [[3], [4]])
 
 
-def test_candidates_for_other_slots_are_refused(session):
+def test_candidates_that_do_not_fit_the_slots_are_refused(session):
     slot = session.add(PREFIX)
     with pytest.raises(ArgumentError, match="candidate_ids: expected"):
         session.score([slot], [[3], [4]])

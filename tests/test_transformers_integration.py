@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 import llm2_fast
+import tiny
 from llm2_fast import ArgumentError, Llm2FastError, Verifier
 from llm2_fast.integrations.transformers import VerifierLogitsProcessor
+from llm2_fast.verifier import FullVerifier
 from tiny import VOCAB
+from tolerances import TOLERANCES
 from verifiers import KINDS, case
 
 EOS = 2
@@ -125,7 +128,7 @@ def assert_steps_equal_brute_force(steps, score, starts):
             expected = torch.full_like(row, float("-inf"))
             for token, value in adjusted_by_brute_force(score, tokens[start:], logits).items():
                 expected[token] = value
-            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(row, expected, **TOLERANCES["verifier.score", torch.float32])
             ambiguous += int(row.isfinite().sum() > 1)
     return ambiguous
 
@@ -232,6 +235,17 @@ def test_minus_infinity_is_never_a_candidate(steered):
     logits = torch.full((1, VOCAB), float("-inf"))
     logits[0, [4, 5]] = 1.0  # a tie
     assert processor(torch.tensor([[3]]), logits).isfinite().nonzero().tolist() == [[0, 4], [0, 5]]
+
+
+def test_tokens_unknown_to_the_verifier_are_no_candidates():
+    classifier = tiny.classifier("llama", vocab_size=50)
+    verifier = FullVerifier(classifier.base_model, classifier.score.weight.data)
+    processor = VerifierLogitsProcessor(verifier, prompt_lengths=[1])
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 49:51] = 9.0
+    assert processor(torch.tensor([[3]]), logits).isfinite().nonzero().tolist() == [[0, 49]]
+    with pytest.raises(ArgumentError, match=r"token_ids: expected ids in \[0, 50\)"):
+        VerifierLogitsProcessor(verifier, prompt_lengths=[1])(torch.tensor([[50]]), torch.zeros(1, VOCAB))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -116,6 +116,10 @@ def test_peft_checkpoint_with_patterns_and_rslora(tmp_path):
             r"modules_to_save expected only score, got \['embed_tokens'\]",
         ),
         ({"trainable_token_indices": [3]}, "trainable_token_indices expected to be off"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights expected True, False, None, 'gaussian', got 'pissa'"),
+        ({"some_future_option": 1}, "some_future_option expected to be off, got 1"),
+        ({"lora_alpha": "x"}, "lora_alpha or alpha_pattern cannot be used"),
+        ({"alpha_pattern": ["q"]}, "lora_alpha or alpha_pattern cannot be used"),
     ],
 )
 def test_adapters_beyond_plain_lora_are_refused_by_name(changes, message, tmp_path):
@@ -143,8 +147,10 @@ def test_adapter_tensors_that_do_not_fit(change, message, tmp_path):
         Verifier.from_pretrained(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:llm2_fast. this lora verifier")
 def test_adapter_for_another_shape_is_refused(tmp_path):
     case("llama", "lora").verifier.save_pretrained(tmp_path)
+    edit_json(tmp_path / "llm2_verifier.json", base_fingerprint=None)
     other = tiny.causal_lm("llama", num_key_value_heads=4)
     with pytest.raises(
         IncompatibleVerifierError, match=r"k_proj expected an update of shape \(32, 32\), got \(16, 32\)"
@@ -153,6 +159,44 @@ def test_adapter_for_another_shape_is_refused(tmp_path):
     fewer = tiny.causal_lm("llama", num_hidden_layers=2)
     with pytest.raises(IncompatibleVerifierError, match=r"expected a module 'layers.2\."):
         Verifier.from_pretrained(tmp_path).scorer(LoadedModel(fewer, None, "fewer"))
+
+
+@pytest.mark.filterwarnings("default:llm2_fast")
+def test_adapter_without_a_fingerprint_is_named_and_can_be_bound(tmp_path):
+    model, verifier, score = vars(case("llama", "lora")).values()
+    verifier.save_pretrained(tmp_path)
+    (tmp_path / "llm2_verifier.json").unlink()
+    with pytest.warns(UserWarning, match="does not say which weights it was trained on"):
+        llm2_fast.load(model, tmp_path)
+    bound = Verifier.from_pretrained(tmp_path, base_model=model)
+    torch.testing.assert_close(scores(bound), expected(score), rtol=1e-4, atol=1e-4)
+    bound.save_pretrained(tmp_path)
+    with pytest.raises(IncompatibleVerifierError, match="expected a model with fingerprint"):
+        llm2_fast.load(tiny.causal_lm("llama", seed=9), tmp_path)
+
+
+def test_directory_of_another_kind_is_refused(tmp_path):
+    case("llama", "head").verifier.save_pretrained(tmp_path)
+    with pytest.raises(llm2_fast.ArgumentError, match="path: expected no head verifier in the directory of a lora one"):
+        case("llama", "lora").verifier.save_pretrained(tmp_path)
+
+
+def test_files_beside_the_checkpoint_are_not_read(tmp_path):
+    classifier = tiny.classifier("llama")
+    classifier.save_pretrained(tmp_path)
+    save_file({"score.weight": torch.zeros(1, 32)}, tmp_path / "zz-old.safetensors")
+    by_hand = expected(oracle.classifier_score(classifier))
+    torch.testing.assert_close(scores(Verifier.from_pretrained(tmp_path)), by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_head_of_a_bfloat16_network_keeps_its_precision(tmp_path):
+    full = case("llama", "full").verifier
+    full.save_pretrained(tmp_path / "first")
+    half = Verifier.from_pretrained(tmp_path / "first", dtype="bfloat16")
+    half.save_pretrained(tmp_path / "second")
+    again = Verifier.from_pretrained(tmp_path / "second")
+    assert torch.equal(again.head.weight, full.head.weight)
+    assert torch.equal(scores(again), scores(half))
 
 
 def test_adapter_with_a_fingerprint_is_bound_to_its_base(tmp_path):
@@ -176,7 +220,7 @@ def test_peft_itself_agrees_with_the_whole_generation(tmp_path):
     config = llm2_fast.GenerationConfig(max_new_tokens=6)
     score = oracle.classifier_score(auto)
     tokens, *_ = oracle.generate(TOKENS, oracle.model_logits(model), score, config, eos=(2,))
-    (result,) = llm2_fast.generate(model, tmp_path / "adapter", TOKENS, config=config)
+    (result,) = llm2_fast.generate(model, Verifier.from_pretrained(tmp_path / "adapter", model), TOKENS, config=config)
     assert result.samples[0].token_ids == tokens
 
 
@@ -241,16 +285,21 @@ def test_another_tokenizer_is_refused():
         other.scorer(model)
 
 
-def test_vocabularies_may_differ_in_padding_only(tmp_path):
+@pytest.mark.parametrize("beta", [0.0, 0.25])
+def test_vocabularies_may_differ_in_padding_only(beta):
     """One tokenizer, embeddings padded to different sizes: fine, and padding ids can never be chosen."""
     words = tokenizer()
     padded = tiny.causal_lm("llama", vocab_size=tiny.VOCAB + 3)
+    padded.lm_head.weight.data[tiny.VOCAB :] *= 5  # padding rows that would win
     full = case("llama", "full").verifier
     verifier = FullVerifier(full.network, full.head.weight, tokenizer=tokenizer())
-    engine = llm2_fast.load(padded, verifier, tokenizer=words)
-    (result,) = engine.generate([5, 6, 7], alpha=0.0, candidate_top_k=32, max_new_tokens=8, temperature=3.0)
-    assert all(token < tiny.VOCAB for token in result.samples[0].token_ids)
-    assert result.samples[0].error is None
+    engine = llm2_fast.load(padded, verifier, tokenizer=words, backend="reference")
+    for options in ({"alpha": 0.0, "candidate_top_k": 32, "temperature": 3.0}, {}):
+        (result,) = engine.generate([5, 6, 7], max_new_tokens=8, beta=beta, **options)
+        assert all(token < tiny.VOCAB for token in result.samples[0].token_ids)
+        assert result.samples[0].error is None
+    with pytest.raises(llm2_fast.ArgumentError, match=r"prompts\[0\]: expected token ids in \[0, 61\), got 62"):
+        engine.generate([5, 62])
 
 
 # --- damaged and unknown files -------------------------------------------------------------------------------------
@@ -292,7 +341,7 @@ def test_damaged_config(kind, content, tmp_path):
     case("llama", kind).verifier.save_pretrained(tmp_path)
     name = "adapter_config.json" if kind == "lora" else "config.json"
     (tmp_path / name).write_bytes(content.encode("latin-1"))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="config.*cannot be read|config.*expected a JSON object"):
         Verifier.from_pretrained(tmp_path)
 
 

@@ -70,7 +70,7 @@ def lora_case(model: PreTrainedModel) -> Case:
     adapted = peft_classifier(model)
     with tempfile.TemporaryDirectory() as directory:
         adapted.save_pretrained(directory)
-        verifier = Verifier.from_pretrained(directory)
+        verifier = Verifier.from_pretrained(directory, base_model=model)
     return Case(model, verifier, oracle.classifier_score(adapted))
 
 

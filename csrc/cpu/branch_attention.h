@@ -316,11 +316,11 @@ static void choose_rows(AttentionTile<T>& tile, int64_t begin, int64_t end) {
 }
 
 template <typename T>
-static void attend_rows(const BranchAttentionArgs& args, RowRange rows, void* workspace) {
+static void attend_rows(const BranchAttentionArgs& args, RowRange rows, RowRange kv_heads, void* workspace) {
   AttentionTile<T> tile = make_tile<T>(args, workspace);
   for (int64_t begin = rows.begin; begin < rows.end; begin = tile.rows.end) {
     choose_rows(tile, begin, rows.end);
-    for (tile.kv_head = 0; tile.kv_head < args.num_kv_heads; ++tile.kv_head) {
+    for (tile.kv_head = kv_heads.begin; tile.kv_head < kv_heads.end; ++tile.kv_head) {
       begin_tile(tile);
       attend_prefix(tile);
       attend_own(tile);
@@ -329,9 +329,9 @@ static void attend_rows(const BranchAttentionArgs& args, RowRange rows, void* wo
   }
 }
 
-static void branch_attention(const BranchAttentionArgs& args, RowRange rows, void* workspace) {
-  args.dtype == DType::kFloat32 ? attend_rows<float>(args, rows, workspace)
-                                : attend_rows<BFloat16>(args, rows, workspace);
+static void branch_attention(const BranchAttentionArgs& args, RowRange rows, RowRange kv_heads, void* workspace) {
+  args.dtype == DType::kFloat32 ? attend_rows<float>(args, rows, kv_heads, workspace)
+                                : attend_rows<BFloat16>(args, rows, kv_heads, workspace);
 }
 
 }  // namespace LLM2_FAST_TIER

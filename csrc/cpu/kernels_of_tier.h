@@ -6,13 +6,26 @@
 #include "adjust_and_pick.h"
 #include "branch_attention.h"
 #include "kernels.h"
+#include "layer_ops.h"
+#include "linear.h"
 #include "select_candidates.h"
 
 namespace llm2_fast {
 namespace LLM2_FAST_TIER {
 
 const KernelTable kKernels = {
-    select_candidates, adjust_and_pick, branch_attention, adjust_and_pick_workspace, branch_attention_workspace,
+    select_candidates,
+    adjust_and_pick,
+    branch_attention,
+    adjust_and_pick_workspace,
+    branch_attention_workspace,
+    panel_shape,
+    pack_panels,
+    unpack_row,
+    linear,
+    rms_norm,
+    rope,
+    dot,
 };
 
 }  // namespace LLM2_FAST_TIER

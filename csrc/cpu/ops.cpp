@@ -6,10 +6,9 @@
 #include "kernels.h"
 
 namespace llm2_fast {
-namespace {
-
 const KernelTable& kernels(Isa isa) {
 #ifdef LLM2_FAST_X86
+  if (isa == Isa::kAvx512Bf16) return avx512_bf16::kKernels;
   if (isa == Isa::kAvx512) return avx512::kKernels;
   if (isa == Isa::kAvx2) return avx2::kKernels;
 #else
@@ -17,6 +16,8 @@ const KernelTable& kernels(Isa isa) {
 #endif
   return portable::kKernels;
 }
+
+namespace {
 
 std::unique_ptr<unsigned char[]> allocate(int64_t bytes) {
   return std::unique_ptr<unsigned char[]>(new unsigned char[static_cast<size_t>(bytes)]);
@@ -35,7 +36,7 @@ void adjust_and_pick(const AdjustAndPickArgs& args, RowRange rows, Isa isa) {
 
 void branch_attention(const BranchAttentionArgs& args, RowRange rows, Isa isa) {
   const KernelTable& table = kernels(isa);
-  table.branch_attention(args, rows, allocate(table.branch_attention_workspace(args)).get());
+  table.branch_attention(args, rows, {0, args.num_kv_heads}, allocate(table.branch_attention_workspace(args)).get());
 }
 
 }  // namespace llm2_fast

@@ -13,6 +13,7 @@ namespace avx2 {
 using Vec = __m256;
 constexpr int kLanes = 8;
 constexpr int kHeadsAtOnce = 2;  // query heads whose accumulators fit the registers, see branch_attention.h
+constexpr int kRowsAtOnce = 4;   // rows whose sums fit the registers, see linear.h
 
 static inline Vec set1(float x) {
   return _mm256_set1_ps(x);

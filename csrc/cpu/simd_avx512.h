@@ -13,6 +13,7 @@ namespace avx512 {
 using Vec = __m512;
 constexpr int kLanes = 16;
 constexpr int kHeadsAtOnce = 4;  // query heads whose accumulators fit the registers, see branch_attention.h
+constexpr int kRowsAtOnce = 12;  // rows whose sums fit the registers, see linear.h
 
 static inline Vec set1(float x) {
   return _mm512_set1_ps(x);

@@ -13,6 +13,7 @@ namespace portable {
 using Vec = float __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
 constexpr int kHeadsAtOnce = 2;  // query heads whose accumulators fit the registers, see branch_attention.h
+constexpr int kRowsAtOnce = 4;   // rows whose sums fit the registers, see linear.h
 
 static inline Vec set1(float x) {
   return Vec{x, x, x, x};

@@ -47,9 +47,17 @@ def pick_options(sequences: list[Sequence]) -> dict[str, torch.Tensor]:
 
 def seen_tokens(sequences: list[Sequence], candidate_ids: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
     """bool [B, K]: which candidates occur in their sequence already; None if no sequence penalizes repetition."""
+    occurs = occurring_tokens(sequences, vocab_size + 1)  # one more: where padding is looked up
+    return (
+        None if occurs is None else occurs.gather(1, torch.where(candidate_ids >= 0, candidate_ids, vocab_size).long())
+    )
+
+
+def occurring_tokens(sequences: list[Sequence], vocab_size: int) -> torch.Tensor | None:
+    """bool [B, V]: which tokens occur in each sequence; None if no sequence penalizes repetition."""
     if all(s.config.repetition_penalty == 1.0 for s in sequences):
         return None
-    occurs = torch.zeros(len(sequences), vocab_size + 1, dtype=torch.bool)
+    occurs = torch.zeros(len(sequences), vocab_size, dtype=torch.bool)
     for row, sequence in zip(occurs, sequences, strict=True):
         row[torch.tensor(sequence.tokens_from(0))] = True
-    return occurs.gather(1, torch.where(candidate_ids >= 0, candidate_ids, vocab_size).long())
+    return occurs

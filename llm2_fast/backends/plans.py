@@ -10,22 +10,25 @@ from llm2_fast.backends.options import candidate_options
 from llm2_fast.cache.slots import SlotCache
 from llm2_fast.models.decoder import FINAL_LAYER, LanguageModel, Rows
 from llm2_fast.models.loading import LoadedModel
-from llm2_fast.reference import Candidates, Picked, select_candidates
+from llm2_fast.reference import NEG_INF, Candidates, Picked, select_candidates
 from llm2_fast.sequence import Sequence
-from llm2_fast.verifier import HeadVerifier, Verifier, VerifierSession
+from llm2_fast.verifier import FullVerifier, HeadVerifier, Verifier, VerifierSession
 from llm2_fast.verifier.scorer import Scorer
 
 
 class Plan(ABC):
     """How scores come about and what is cached once a token is chosen."""
 
-    verifies = True
-
     def __init__(self, cache: SlotCache) -> None:
         self._cache = cache
 
     def max_position_embeddings(self, lm: LanguageModel) -> int | None:
+        """Context that the LLM and the verifier share."""
         return lm.max_position_embeddings
+
+    def vocab_size(self, lm: LanguageModel) -> int:
+        """Token ids that the LLM and the verifier share are those below."""
+        return lm.vocab_size
 
     def propose(self, logits: torch.Tensor, sequences: list[Sequence]) -> Candidates:
         return select_candidates(logits, **candidate_options(sequences))
@@ -44,13 +47,11 @@ class Plan(ABC):
         """A slot was forked."""
 
     def free(self, slot: int) -> None:
-        """A slot is about to be given back."""
+        """A slot is about to be given back; it may not have been added yet."""
 
 
 class PlainPlan(Plan):
     """No verifier: every token is a candidate, nothing is scored."""
-
-    verifies = False
 
     def propose(self, logits: torch.Tensor, sequences: list[Sequence]) -> Candidates:
         batch, vocab = logits.shape
@@ -110,6 +111,14 @@ class LazyPlan(Plan):
         limits = [limit for limit in (lm.max_position_embeddings, self._limit) if limit is not None]
         return min(limits, default=None)
 
+    def vocab_size(self, lm: LanguageModel) -> int:
+        return min(lm.vocab_size, self.session.vocab_size)
+
+    def propose(self, logits: torch.Tensor, sequences: list[Sequence]) -> Candidates:
+        # What the verifier does not know cannot be scored, so it is no candidate.
+        logits[:, self.session.vocab_size :] = NEG_INF
+        return super().propose(logits, sequences)
+
     def score(self, sequences: list[Sequence], candidates: Candidates) -> tuple[torch.Tensor, list[int]]:
         scores = torch.full(candidates.ids.shape, float("-inf"))
         ambiguous = [row for row, count in enumerate(candidates.count.tolist()) if count > 1]
@@ -130,10 +139,12 @@ class LazyPlan(Plan):
         self._slots[sequence.slot] = self.session.add(sequence.prompt_token_ids)
 
     def fork(self, parent: int, child: int) -> None:
+        self.session.compute([self._slots[parent]])  # once for all forks
         self._slots[child] = self.session.fork(self._slots[parent])
 
     def free(self, slot: int) -> None:
-        self.session.free(self._slots.pop(slot))
+        if slot in self._slots:
+            self.session.free(self._slots.pop(slot))
 
 
 def make_plan(
@@ -147,6 +158,8 @@ def make_plan(
     if verifier is None:
         return PlainPlan(cache)
     scorer = verifier.scorer(model)
+    if isinstance(verifier, FullVerifier):
+        scorer.decoder.check()
     if isinstance(verifier, HeadVerifier):
         return JointPlan(lm, cache, hidden, scorer)
     return LazyPlan(cache, scorer)

@@ -6,17 +6,15 @@ import torch
 
 from llm2_fast.backends.backend import Backend
 from llm2_fast.backends.options import pick_options, seen_tokens
+from llm2_fast.backends.outputs import step_outputs
 from llm2_fast.backends.plans import make_plan
 from llm2_fast.cache.slots import SlotCache
 from llm2_fast.models.decoder import LanguageModel, Rows
 from llm2_fast.models.loading import LoadedModel
-from llm2_fast.reference import Candidates, Picked, adjust_and_pick
-from llm2_fast.results import StepOutput, TraceStep
+from llm2_fast.reference import adjust_and_pick
+from llm2_fast.results import StepOutput
 from llm2_fast.sequence import Sequence
 from llm2_fast.verifier import Verifier
-
-_BAD_LOGITS = "logits of the model: expected a finite maximum and no NaN"
-_BAD_SCORES = "scores of the verifier: expected a finite adjusted maximum and no NaN"
 
 
 class ReferenceBackend(Backend):
@@ -35,7 +33,7 @@ class ReferenceBackend(Backend):
         self._cache = SlotCache()
         self._hidden: dict[int, torch.Tensor] = {}  # final hidden state [hidden_size] of each slot's last token
         self._plan = make_plan(self._lm, self._cache, self._hidden, model, verifier)
-        self.vocab_size = self._lm.vocab_size
+        self.vocab_size = self._plan.vocab_size(self._lm)
         self.max_position_embeddings = self._plan.max_position_embeddings(self._lm)
 
     def prefill(self, sequences: list[Sequence]) -> None:
@@ -50,11 +48,11 @@ class ReferenceBackend(Backend):
         self._plan.fork(parent.slot, child.slot)
 
     def free(self, sequence: Sequence) -> None:
-        if sequence.slot is not None:
-            self._plan.free(sequence.slot)
-            self._cache.free(sequence.slot)
-            self._hidden.pop(sequence.slot, None)
-            sequence.slot = None
+        slot, sequence.slot = sequence.slot, None
+        if slot is not None:
+            self._plan.free(slot)
+            self._cache.free(slot)
+            self._hidden.pop(slot, None)
 
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
         self._advance(sequences)
@@ -66,10 +64,7 @@ class ReferenceBackend(Backend):
             candidates.ids, candidates.logits, candidates.count, scores, seen=seen, **pick_options(sequences)
         )
         self._plan.commit(sequences, candidates, picked)
-        return [
-            self._output(sequence, row, candidates, scores, picked, verifier_rows[row])
-            for row, sequence in enumerate(sequences)
-        ]
+        return step_outputs(sequences, candidates, scores, picked, verifier_rows)
 
     def prefix(self, sequence: Sequence) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Cached keys and values of the LLM per layer, each [num_kv_heads, cached_length, head_dim]."""
@@ -83,45 +78,3 @@ class ReferenceBackend(Backend):
             (hidden_states,) = self._lm.forward(self._cache, rows)
             for states, r in zip(hidden_states, rows, strict=True):
                 self._hidden[r.slot] = states[len(r) - 1]
-
-    def _output(
-        self,
-        sequence: Sequence,
-        row: int,
-        candidates: Candidates,
-        scores: torch.Tensor | None,
-        picked: Picked,
-        verifier_rows: int,
-    ) -> StepOutput:
-        count, index = int(candidates.count[row]), int(picked.index[row])
-        verified = self._plan.verifies
-        shared = {
-            "num_candidates": count if verified else 0,
-            "cut": bool(candidates.cut[row]),
-            "verifier_rows": verifier_rows,
-        }
-        if index < 0:
-            return StepOutput(None, float("nan"), error=_BAD_LOGITS if count == 0 else _BAD_SCORES, **shared)
-        system1_index = int(picked.system1_index[row])
-        return StepOutput(
-            int(picked.token[row]),
-            float(picked.logprob[row]),
-            intervention=verified and index != system1_index,
-            trace=_trace(row, candidates, scores, picked, verified) if sequence.config.trace else None,
-            **shared,
-        )
-
-
-def _trace(row: int, candidates: Candidates, scores: torch.Tensor | None, picked: Picked, verified: bool) -> TraceStep:
-    index, system1_index = int(picked.index[row]), int(picked.system1_index[row])
-    count = int(candidates.count[row])
-    shown = torch.arange(count) if verified else torch.tensor([index])
-    ids = candidates.ids[row, shown].tolist()
-    return TraceStep(
-        candidate_ids=tuple(ids),
-        logprobs=tuple((candidates.logits[row, shown] - candidates.logsumexp[row]).tolist()),
-        scores=tuple(scores[row, shown].tolist()) if scores is not None and count > 1 else None,
-        adjusted_logits=tuple(picked.adjusted[row, shown].tolist()),
-        system1_token_id=int(candidates.ids[row, system1_index]),
-        token_id=int(picked.token[row]),
-    )

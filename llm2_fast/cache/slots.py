@@ -19,6 +19,7 @@ class SlotCache(Cache):
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.lengths: list[int] = []
+        self._stored: list[int] = []  # end of what has been written into each slot, committed or not
         self._free: list[int] = []
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
@@ -30,23 +31,21 @@ class SlotCache(Cache):
         """An empty slot."""
         if not self._free:
             self._grow_slots()
-        slot = self._free.pop()
-        self.lengths[slot] = 0
-        return slot
+        return self._free.pop()
 
     def free(self, slot: int) -> None:
-        """Give `slot` back. Its content is cleared: a NaN left behind would reach the next user through 0 * NaN."""
-        for storage in (*self._keys, *self._values):
-            storage[slot].zero_()
+        """Give `slot` back."""
         self.lengths[slot] = 0
+        self._clear(slot, 0)
         self._free.append(slot)
 
     def fork(self, slot: int) -> int:
         """A new slot with the committed prefix of `slot`."""
         child = self.allocate()
-        length = self.lengths[child] = self.lengths[slot]
+        length = self.lengths[slot]
         for storage in (*self._keys, *self._values):
             storage[child, :, :length] = storage[slot, :, :length]
+        self.lengths[child] = self._stored[child] = length
         return child
 
     def truncate(self, slot: int, length: int) -> None:
@@ -70,7 +69,10 @@ class SlotCache(Cache):
         lengths = torch.tensor([self.lengths[slot] for slot in slots])
         self._visible = int(lengths.max()) + num_rows
         if self._visible > self._capacity:
-            self._grow_capacity(self._visible)
+            self._resize(len(self.lengths), max(self._visible, 2 * self._capacity))
+        for slot in slots:
+            self._clear(slot, self.lengths[slot] + num_rows)
+            self._stored[slot] = self.lengths[slot] + num_rows
         self._slots = torch.tensor(slots, device=device)
         self._positions = (lengths[:, None] + torch.arange(num_rows)).to(device)
         return self._visible
@@ -87,9 +89,10 @@ class SlotCache(Cache):
         Returns:
             Keys and values [B, num_kv_heads, visible, head_dim].
         """
-        while layer_idx >= len(self._keys):
-            self._keys.append(self._new_storage(key_states))
-            self._values.append(self._new_storage(value_states))
+        if layer_idx == len(self._keys):
+            new = [self._new_storage(states) for states in (key_states, value_states)]
+            self._keys.append(new[0])
+            self._values.append(new[1])
         keys, values = self._keys[layer_idx], self._values[layer_idx]
         keys[self._slots[:, None], :, self._positions] = key_states.transpose(1, 2)
         values[self._slots[:, None], :, self._positions] = value_states.transpose(1, 2)
@@ -104,22 +107,31 @@ class SlotCache(Cache):
         """0: callers pass explicit positions, since every row of the batch has its own."""
         return 0
 
+    def _clear(self, slot: int, start: int) -> None:
+        """Zero what was stored from `start` on: attention multiplies masked positions by zero, and 0 * NaN is NaN."""
+        end = self._stored[slot]
+        if end > start:
+            for storage in (*self._keys, *self._values):
+                storage[slot, :, start:end] = 0
+            self._stored[slot] = start
+
     def _new_storage(self, states: torch.Tensor) -> torch.Tensor:
-        # Zeros, not empty: masked positions are multiplied by zero, and 0 * NaN is NaN.
         return states.new_zeros(len(self.lengths), states.shape[1], self._capacity, states.shape[3])
 
     def _grow_slots(self) -> None:
-        added = max(1, len(self.lengths))
-        self._free.extend(reversed(range(len(self.lengths), len(self.lengths) + added)))
-        self.lengths.extend([0] * added)
-        self._resize()
+        old, new = len(self.lengths), max(1, 2 * len(self.lengths))
+        self._resize(new, self._capacity)
+        self.lengths.extend([0] * (new - old))
+        self._stored.extend([0] * (new - old))
+        self._free.extend(reversed(range(old, new)))
 
-    def _grow_capacity(self, needed: int) -> None:
-        self._capacity = max(needed, 2 * self._capacity)
-        self._resize()
+    def _resize(self, num_slots: int, capacity: int) -> None:
+        """Move everything to larger storage. Nothing has changed if memory runs out on the way."""
 
-    def _resize(self) -> None:
-        for storages in (self._keys, self._values):
-            for i, old in enumerate(storages):
-                storages[i] = old.new_zeros(len(self.lengths), old.shape[1], self._capacity, old.shape[3])
-                storages[i][: old.shape[0], :, : old.shape[2]] = old
+        def moved(old: torch.Tensor) -> torch.Tensor:
+            new = old.new_zeros(num_slots, old.shape[1], capacity, old.shape[3])
+            new[: old.shape[0], :, : old.shape[2]] = old
+            return new
+
+        keys, values = ([moved(old) for old in storages] for storages in (self._keys, self._values))
+        self._keys, self._values, self._capacity = keys, values, capacity

@@ -156,6 +156,7 @@ class VerifierLogitsProcessor(transformers.LogitsProcessor):
 
     def _propose(self, logits: torch.Tensor) -> Candidates:
         config = self._config
+        logits = logits[:, : self._session.vocab_size]  # what the verifier does not know is no candidate
         log_alpha = logits.new_full((len(logits),), config.log_alpha, dtype=torch.float32)
         candidate_top_k = logits.new_full((len(logits),), config.candidate_top_k or 0, dtype=torch.int32)
         candidates = select_candidates(logits, log_alpha, candidate_top_k, config.max_candidates)

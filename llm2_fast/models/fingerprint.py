@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 _SHAPE_FIELDS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings",
+    "rms_norm_eps", "rope_parameters", "sliding_window", "layer_types",
 )  # fmt: skip
 _SAMPLE = 64
 
@@ -30,9 +31,17 @@ def fingerprint(model: PreTrainedModel) -> str:
     config = base.config.get_text_config()
     digest = hashlib.sha256()
     for field in _SHAPE_FIELDS:
-        digest.update(f"{field}={getattr(config, field, None)};".encode())
+        digest.update(f"{field}={_canonical(getattr(config, field, None))};".encode())
     for name, parameter in sorted(base.named_parameters()):
-        middle = parameter.detach()[parameter.shape[0] // 2] if parameter.dim() > 1 else parameter.detach()
-        sample = middle.flatten()[:_SAMPLE].to(device="cpu", dtype=torch.bfloat16)
-        digest.update(name.encode() + sample.contiguous().view(torch.int16).numpy().tobytes())
+        rows = parameter.detach().reshape(parameter.shape[0], -1)
+        sample = rows[[0, len(rows) // 2, -1], :_SAMPLE] if parameter.dim() > 1 else rows
+        sample = sample.to(device="cpu", dtype=torch.bfloat16).contiguous()
+        digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _canonical(value: object) -> str:
+    """Text that does not depend on the order of fields or on how precisely a format stores a float."""
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{_canonical(entry)}" for key, entry in sorted(value.items()))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -32,7 +32,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     """A torch dtype, or "auto" as it is. Raises `ArgumentError` for anything else."""
     if dtype == "auto" or dtype in _DTYPES.values():
         return dtype
-    if dtype in _DTYPES:
+    if isinstance(dtype, str) and dtype in _DTYPES:
         return _DTYPES[dtype]
     raise ArgumentError("dtype", f"'auto', {', '.join(map(repr, _DTYPES))} or a torch dtype of these", repr(dtype))
 
@@ -42,9 +42,17 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ArgumentError("device", "'auto' or a torch device", repr(device)) from error
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)  # the type may be known and the device not there
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ArgumentError("device", "'auto' or a torch device of this machine", repr(device)) from error
+    if resolved.type == "meta":
+        raise ArgumentError("device", "a device that computes", "'meta'")
+    return resolved
+
+
+def _same_device(a: torch.device, b: torch.device) -> bool:
+    return a.type == b.type and (a.index or 0) == (b.index or 0)
 
 
 def load_model(
@@ -73,8 +81,11 @@ def load_model(
         MissingDependencyError: A GGUF file needs the `demo` extra.
     """
     dtype = resolve_dtype(dtype)
+    resolved_device = resolve_device(device)
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ArgumentError("tokenizer", "a transformers tokenizer or None", repr(tokenizer))
     if isinstance(model, PreTrainedModel):
-        if device != "auto" and resolve_device(device) != model.device:
+        if device != "auto" and not _same_device(resolved_device, model.device):
             raise ArgumentError("device", f"'auto' or {model.device}, where the loaded model is", repr(device))
         if dtype != "auto" and dtype != model.dtype:
             raise ArgumentError("dtype", f"'auto' or {model.dtype}, the loaded model's", dtype)
@@ -88,7 +99,7 @@ def load_model(
     loaded = read_checkpoint(AutoModelForCausalLM, source, dtype=dtype, allow_pickle=allow_pickle)
     if tokenizer is None:
         tokenizer = load_tokenizer(source)
-    return LoadedModel(loaded.to(resolve_device(device)).eval(), tokenizer, str(model))
+    return LoadedModel(loaded.to(resolved_device).eval(), tokenizer, str(model))
 
 
 def read_checkpoint(
@@ -176,9 +187,10 @@ def _convert_gguf(path: Path) -> Path:
     try:
         plain.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        staging.chmod(0o755)  # mkdtemp's directories are private, a cache may be shared
         os.replace(staging, target)
-    except OSError:
+    except BaseException as error:  # Ctrl-C, too, must not leave half a gigabyte behind
         shutil.rmtree(staging, ignore_errors=True)
-        if not target.exists():  # another process may have finished first
+        if not (isinstance(error, OSError) and target.exists()):  # another process may have finished first
             raise
     return target

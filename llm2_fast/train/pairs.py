@@ -81,7 +81,7 @@ def collect_pairs(
         progress: Show a progress bar.
 
     Returns:
-        `Pairs`, features in float16 on the CPU.
+        `Pairs`, features in float32 on the CPU.
     """
     parts: list[Pairs] = []
     num_positions = 0
@@ -131,8 +131,8 @@ def _pairs_of_solution(
     positives = torch.cat(read, dim=-1)[start:][used]
     truth_logits = logits.gather(1, truth[:, None]).squeeze(1)
     return Pairs(
-        positives.to("cpu", torch.float16),
-        negatives.to("cpu", torch.float16),
+        positives.float().cpu(),
+        negatives.float().cpu(),
         position.cpu(),
         is_truth.any(dim=1)[index].cpu(),
         (truth_logits[index] - candidates.logits[index, column]).cpu(),

@@ -110,8 +110,12 @@ def train_verifier(
     if kind != "head":
         raise ArgumentError("kind", "'head'", repr(kind))
     check_number("alpha", alpha, minimum=0, maximum=1, exclusive_minimum=True)
-    for name, value in {"max_candidates": max_candidates, "epochs": epochs, "batch_size": batch_size}.items():
+    positive = {"max_candidates": max_candidates, "epochs": epochs, "batch_size": batch_size, "max_length": max_length}
+    for name, value in positive.items():
         check_number(name, value, integer=True, minimum=1)
+    for name, value in {"mlp_size": mlp_size, "seed": seed}.items():
+        check_number(name, value, integer=True, minimum=0)
+    check_number("weight_decay", weight_decay, minimum=0)
     check_number("learning_rate", learning_rate, minimum=0, exclusive_minimum=True)
     train_problems, heldout_problems = _split(load_problems(examples), heldout)
     loaded = load_model(model, tokenizer=tokenizer)
@@ -126,13 +130,15 @@ def train_verifier(
         collect_pairs(lm, loaded.tokenizer, problems, max_length=min(limits), **options)
         for problems in (train_problems, heldout_problems)
     )
-    torch.manual_seed(seed)
-    hidden_size = loaded.model.config.get_text_config().hidden_size
-    head = ScoreHead(hidden_size, layers, mlp_size)
     used = train.where(train.plausible) if plausible_only else train
     if len(used) == 0:
         raise ArgumentError("examples", "a position whose ground truth and another token are plausible", "none")
-    fit_head(head, used, epochs, learning_rate, weight_decay, batch_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = ScoreHead(loaded.model.config.get_text_config().hidden_size, layers, mlp_size)
+        fit_head(head, used, epochs, learning_rate, weight_decay, batch_size)
+    if not all(parameter.isfinite().all() for parameter in head.parameters()):
+        raise ArgumentError("learning_rate", "a rate at which the loss stays finite", learning_rate)
     # A local path means nothing elsewhere, its last part may.
     base_name = Path(loaded.name).name if os.path.exists(loaded.name) else loaded.name
     verifier = HeadVerifier(head, base_name=base_name, base_fingerprint=fingerprint(loaded.model))
@@ -169,6 +175,8 @@ def fit_head(
 
 
 def _split(problems: list[Problem], heldout: Problems | float) -> tuple[list[Problem], list[Problem]]:
+    if isinstance(heldout, (bool, int)) or heldout is None:
+        raise ArgumentError("heldout", "problems, or a share of the examples in (0, 1)", repr(heldout))
     if not isinstance(heldout, float):
         parts = problems, load_problems(heldout)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -112,24 +113,30 @@ class FullVerifier(Verifier):
     def _write(self, directory: Path) -> None:
         bias = self.head.bias
         auto_class = AutoModelForSequenceClassification if bias is None else AutoModelForTokenClassification
-        self.network.config.num_labels = 1
-        classifier = auto_class.from_config(self.network.config, dtype=self.network.dtype)
+        config = copy.deepcopy(self.network.config)
+        config.num_labels = 1
+        classifier = auto_class.from_config(config, dtype=self.network.dtype)
         classifier.base_model.load_state_dict(self.network.state_dict())
         layer = next(getattr(classifier, name) for name in _HEAD_NAMES if hasattr(classifier, name))
-        with torch.no_grad():
-            layer.weight.copy_(self.head.weight)
-            if bias is not None:
-                layer.bias.copy_(bias)
+        layer.float()  # as the head is kept: a bfloat16 network would round it
+        layer.load_state_dict(self.head.state_dict())
         classifier.save_pretrained(directory)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
+
+
+def _shards(directory: Path) -> list[Path]:
+    """The safetensors files that transformers would read; others may lie beside them."""
+    index = directory / "model.safetensors.index.json"
+    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    return [directory / name for name in sorted(names) if (directory / name).is_file()]
 
 
 def _read_head(directory: Path, allow_pickle: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight [1, hidden_size] and bias [1] or None of the head, from whichever shard holds them."""
     names = {f"{head}.{part}" for head in _HEAD_NAMES for part in ("weight", "bias")}
     found: dict[str, torch.Tensor] = {}
-    for shard in sorted(directory.glob("*.safetensors")):
+    for shard in _shards(directory):
         try:
             with safe_open(shard, framework="pt") as tensors:
                 found |= {name.split(".")[-1]: tensors.get_tensor(name) for name in names & set(tensors.keys())}

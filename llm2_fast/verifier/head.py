@@ -76,6 +76,8 @@ class HeadVerifier(Verifier):
         try:
             head = ScoreHead(config["hidden_size"], tuple(config["layers"]), config["mlp_size"])
             head.load_state_dict(read_tensors(directory / "model.safetensors"))
+            if not isinstance(config["base_fingerprint"], str):
+                raise TypeError(f"base_fingerprint is {config['base_fingerprint']!r}")
             return cls(head, base_name=config["base_model"], base_fingerprint=config["base_fingerprint"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"verifier {str(directory)!r}: config and weights do not fit: {error!r}") from error

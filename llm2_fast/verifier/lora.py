@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from llm2_fast.cache.slots import SlotCache
 from llm2_fast.errors import CheckpointError, IncompatibleVerifierError
 from llm2_fast.models.decoder import FINAL_LAYER, Decoder, Rows
+from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.verifier.head import ScoreHead
 from llm2_fast.verifier.scorer import Scorer
@@ -27,14 +29,15 @@ from llm2_fast.verifier.verifier import Verifier, read_json, read_tensors
 _SIDE_FILE = "llm2_verifier.json"
 _PREFIX = "base_model.model."
 _SCORE = _PREFIX + "score.weight"
-_REFUSED_WHEN_SET = (
-    "use_dora",
-    "lora_bias",
-    "trainable_token_indices",
-    "target_parameters",
-    "use_qalora",
-    "use_bdlora",
-)
+# Fields of adapter_config.json that are read here or change nothing about a trained adapter. PEFT's other fields, those
+# of versions to come included, are refused when set: they mean something that plain LoRA does not do.
+_UNDERSTOOD = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules"),
+    *("fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha"),
+    *("lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r"),
+    *("rank_pattern", "revision", "target_modules", "task_type", "use_rslora"),
+}
+_HARMLESS_INITIALIZATIONS = (True, False, None, "gaussian")  # others change the base weights as well
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,10 @@ class LoraDecoder(Decoder):
         def hook(delta: LoraDelta) -> Any:
             return lambda module, args, output: output + delta(args[0]).to(output.dtype)
 
-        handles = [module.register_forward_hook(hook(delta)) for module, delta in self._adapted]
-        try:
+        with ExitStack() as hooks:
+            for module, delta in self._adapted:
+                hooks.callback(module.register_forward_hook(hook(delta)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class LoraVerifier(Verifier):
@@ -127,6 +128,14 @@ class LoraVerifier(Verifier):
         self._config, self._tensors = adapter_config, tensors
         self._deltas, self._score = _parse_tensors(adapter_config, tensors)
 
+    def check_compatible(self, model: LoadedModel) -> None:
+        super().check_compatible(model)
+        if self.base_fingerprint is None:
+            message = "this lora verifier does not say which weights it was trained on; only shapes are compared"
+            warnings.warn(
+                f"llm2_fast: {message} (load it with base_model=... and save it to record them)", stacklevel=2
+            )
+
     def scorer(self, model: LoadedModel) -> Scorer:
         self.check_compatible(model)
         base = model.model.base_model
@@ -139,6 +148,11 @@ class LoraVerifier(Verifier):
         head = ScoreHead(hidden_size)
         head.score.weight = nn.Parameter(self._score.float(), requires_grad=False)
         return Scorer(decoder, head.to(model.model.device))
+
+    def bind(self, base: LoadedModel) -> None:
+        if self.base_fingerprint is None:  # an adapter from elsewhere: the caller says what it belongs to
+            self.base_name, self.base_fingerprint = base.name, fingerprint(base.model)
+        super().bind(base)
 
     @staticmethod
     def _recognises(directory: Path) -> bool:
@@ -165,9 +179,14 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
     for name, value in expected.items():
         if config.get(name, value) != value:
             raise CheckpointError(f"adapter_config.json: {name} expected {value!r}, got {config[name]!r}")
-    for name in _REFUSED_WHEN_SET:
-        if config.get(name):
+    for name in sorted(set(config) - _UNDERSTOOD):
+        if config[name]:
             raise CheckpointError(f"adapter_config.json: {name} expected to be off, got {config[name]!r}")
+    if (initialization := config.get("init_lora_weights")) not in _HARMLESS_INITIALIZATIONS:
+        expected_values = ", ".join(map(repr, _HARMLESS_INITIALIZATIONS))
+        raise CheckpointError(
+            f"adapter_config.json: init_lora_weights expected {expected_values}, got {initialization!r}"
+        )
     extra = set(config.get("modules_to_save") or ()) - {"score", "classifier"}
     if extra:
         raise CheckpointError(f"adapter_config.json: modules_to_save expected only score, got {sorted(extra)}")
@@ -197,9 +216,12 @@ def _parse_tensors(
 
 
 def _scaling(config: dict[str, Any], path: str, rank: int) -> float:
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            alpha = value
-            break
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        alpha = config.get("lora_alpha", 8)
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                alpha = value
+                break
+        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise CheckpointError(f"adapter_config.json: lora_alpha or alpha_pattern cannot be used: {error}") from error

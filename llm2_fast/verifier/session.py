@@ -33,17 +33,19 @@ class VerifierSession:
 
     def add(self, token_ids: Sequence[int] = ()) -> int:
         """A slot for a new sequence that begins with `token_ids`."""
+        token_ids = self._checked(token_ids, 0)
         slot = self._cache.allocate()
-        self._tokens[slot], self._scored[slot] = [], []
-        self.extend(slot, token_ids)
+        self._tokens[slot], self._scored[slot] = token_ids, []
         return slot
 
     def extend(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Append `token_ids` to the sequence. Raises `ArgumentError` for an id outside the verifier's vocabulary."""
+        """Append `token_ids` to the sequence.
+
+        Raises:
+            ArgumentError: An id is outside the verifier's vocabulary, or the sequence would outgrow its context.
+        """
         tokens = self._known(slot)
-        for token in token_ids:
-            if not 0 <= token < self.vocab_size:
-                raise ArgumentError("token_ids", f"ids in [0, {self.vocab_size}), the verifier's vocabulary", token)
+        token_ids = self._checked(token_ids, len(tokens))
         if token_ids and self._cache.lengths[slot] == len(tokens) and token_ids[0] in self._scored[slot]:
             self._cache.keep_row(slot, self._scored[slot].index(token_ids[0]))
         if token_ids:
@@ -86,25 +88,66 @@ class VerifierSession:
 
         Returns:
             Per slot the scores, float32 [len(candidates)] on the CPU, and the number of token rows computed for them.
+
+        Raises:
+            ArgumentError: Slots and candidates do not fit together, or a slot occurs twice or is not in use.
         """
-        if not slots:
-            return []
+        slots, candidate_ids = list(slots), [[int(c) for c in candidates] for candidates in candidate_ids]
+        self._check_question(slots, candidate_ids)
         rows = []
         for slot, candidates in zip(slots, candidate_ids, strict=True):
-            pending = self._known(slot)[self._cache.lengths[slot] :]
+            pending = self._tokens[slot][self._cache.lengths[slot] :]
             rows.append(Rows(slot, pending, [c if c < self.vocab_size else 0 for c in candidates]))
-        scores = self._scorer.forward(self._cache, rows).cpu()
+            self._scored[slot] = []  # the pass overwrites their rows, whether it succeeds or not
+        scores = self._forward(rows)
         results = []
-        for row_scores, row, candidates in zip(scores, rows, candidate_ids, strict=True):
-            scored = row_scores[len(row.chain) : len(row)].clone()
-            scored[torch.tensor(list(candidates)) >= self.vocab_size] = float("-inf")
-            self._scored[row.slot] = list(candidates)
+        for row, candidates in zip(rows, candidate_ids, strict=True):
+            scored = scores[row.slot][len(row.chain) : len(row)].clone() if len(row) > 0 else torch.empty(0)
+            scored[torch.tensor(candidates, dtype=torch.long) >= self.vocab_size] = float("-inf")
+            self._scored[row.slot] = candidates
             results.append((scored, len(row)))
         return results
+
+    def compute(self, slots: Sequence[int]) -> None:
+        """Cache the tokens noted so far, in one pass, so that forks share them."""
+        rows = [Rows(slot, self._known(slot)[self._cache.lengths[slot] :]) for slot in slots]
+        for row in rows:
+            if len(row) > 0:
+                self._scored[row.slot] = []
+        self._forward(rows)
 
     def prefix(self, slot: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Cached keys and values per layer, each [num_kv_heads, cached_length, head_dim]."""
         return self._cache.prefix(slot)
+
+    def _forward(self, rows: list[Rows]) -> dict[int, torch.Tensor]:
+        """Scores by slot of the rows that are not empty, from one pass."""
+        rows = [row for row in rows if len(row) > 0]
+        if not rows:
+            return {}
+        return dict(zip((row.slot for row in rows), self._scorer.forward(self._cache, rows).cpu(), strict=True))
+
+    def _check_question(self, slots: list[int], candidate_ids: list[list[int]]) -> None:
+        for slot in slots:
+            self._known(slot)
+        if len(set(slots)) != len(slots):
+            raise ArgumentError("slots", "distinct slots", slots)
+        if len(candidate_ids) != len(slots):
+            raise ArgumentError("candidate_ids", f"candidates for each of {len(slots)} slots", f"{len(candidate_ids)}")
+        for slot, candidates in zip(slots, candidate_ids, strict=True):
+            if negative := [c for c in candidates if c < 0]:
+                raise ArgumentError("candidate_ids", "ids of at least 0", negative[0])
+            if candidates:
+                self._checked([0], len(self._tokens[slot]))  # a candidate takes a position, too
+
+    def _checked(self, token_ids: Sequence[int], length: int) -> list[int]:
+        limit = self._scorer.decoder.max_position_embeddings
+        if limit is not None and length + len(token_ids) > limit:
+            raise ArgumentError("token_ids", f"at most {limit} tokens, the verifier's context", length + len(token_ids))
+        for token in token_ids:
+            if int(token) != token or not 0 <= token < self.vocab_size:
+                raise ArgumentError("token_ids", f"ids in [0, {self.vocab_size}), the verifier's vocabulary", token)
+        return [int(token) for token in token_ids]
 
     def _known(self, slot: int) -> list[int]:
         if slot not in self._tokens:

@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from llm2_fast.errors import CheckpointError, IncompatibleVerifierError
+from llm2_fast.errors import ArgumentError, CheckpointError, IncompatibleVerifierError
 from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.models.loading import LoadedModel, load_model
 from llm2_fast.verifier.scorer import Scorer
@@ -67,7 +67,7 @@ class Verifier(ABC):
             CheckpointError: Files are missing, damaged, pickled or of an unknown layout.
             IncompatibleVerifierError: The verifier was made for another base model.
         """
-        directory = _local_directory(path_or_id)
+        directory = _local_directory(path_or_id, allow_pickle)
         for kind in Verifier._kinds.values():
             if kind._recognises(directory):
                 break
@@ -76,15 +76,20 @@ class Verifier(ABC):
             raise CheckpointError(f"verifier {str(path_or_id)!r}: expected {files}, found {_listing(directory)}")
         verifier = kind._read(directory, device=device, dtype=dtype, allow_pickle=allow_pickle)
         if base_model is not None:
-            base = load_model(base_model, device=device, dtype=dtype, allow_pickle=allow_pickle)
-            verifier.check_compatible(base)
-            verifier.base = base
+            verifier.bind(load_model(base_model, device=device, dtype=dtype, allow_pickle=allow_pickle))
         return verifier
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write the verifier to a directory in the layout that `from_pretrained` reads back."""
+        """Write the verifier to a directory in the layout that `from_pretrained` reads back.
+
+        Raises:
+            ArgumentError: The directory holds a verifier of another kind, whose files would be taken for this one's.
+        """
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
+        for kind in Verifier._kinds.values():
+            if kind.kind != self.kind and kind._recognises(directory):
+                raise ArgumentError("path", f"no {kind.kind} verifier in the directory of a {self.kind} one", str(path))
         self._write(directory)
 
     @abstractmethod
@@ -98,8 +103,15 @@ class Verifier(ABC):
             CheckpointError: No base model was given and the recorded one cannot be loaded.
         """
         if self.base is None:
-            self.base = self._load_base()
-        return VerifierSession(self.scorer(self.base))
+            self.bind(self._load_base())
+        scorer = self.scorer(self.base)
+        scorer.decoder.check()
+        return VerifierSession(scorer)
+
+    def bind(self, base: LoadedModel) -> None:
+        """Take `base` as the LLM under this verifier, after `check_compatible`."""
+        self.check_compatible(base)
+        self.base = base
 
     def check_compatible(self, model: LoadedModel) -> None:
         """Raise `IncompatibleVerifierError` unless this verifier can score tokens of `model`."""
@@ -112,9 +124,7 @@ class Verifier(ABC):
     def _load_base(self) -> LoadedModel:
         if self.base_name is None:
             raise CheckpointError(f"base_model: expected the LLM under this {self.kind} verifier, which names none")
-        base = load_model(self.base_name)
-        self.check_compatible(base)
-        return base
+        return load_model(self.base_name)
 
     @staticmethod
     @abstractmethod
@@ -149,11 +159,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _local_directory(path_or_id: str | os.PathLike[str]) -> Path:
+def _local_directory(path_or_id: str | os.PathLike[str], allow_pickle: bool) -> Path:
     if os.path.isdir(path_or_id):
         return Path(path_or_id)
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=_DOWNLOADED))
+        return Path(
+            snapshot_download(str(path_or_id), allow_patterns=[*_DOWNLOADED, *(["*.bin"] if allow_pickle else [])])
+        )
     except Exception as error:  # bad ids, missing repositories and network failures have no common base
         raise CheckpointError(f"verifier {str(path_or_id)!r}: neither a directory nor a hub id: {error}") from error
 

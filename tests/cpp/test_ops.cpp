@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "llm2_fast/isa.h"
 #include "llm2_fast/ops.h"
 #include "llm2_fast/philox.h"
@@ -19,18 +20,6 @@
 namespace {
 
 using namespace llm2_fast;
-
-int failures = 0;
-
-#define CHECK(condition)                                                                              \
-  do {                                                                                                \
-    if (!(condition)) {                                                                               \
-      std::printf("%s:%d: failed on %s: %s\n", __FILE__, __LINE__, current_case.c_str(), #condition); \
-      ++failures;                                                                                     \
-    }                                                                                                 \
-  } while (false)
-
-std::string current_case;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 const float kNan = std::nanf("");
@@ -475,6 +464,5 @@ int main() {
     test_branch_attention<BFloat16>(isa);
     std::printf("%s: done\n", isa_name(isa));
   }
-  std::printf(failures == 0 ? "all checks passed\n" : "%d checks failed\n", failures);
-  return failures == 0 ? 0 : 1;
+  return report();
 }

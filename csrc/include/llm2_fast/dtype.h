@@ -13,6 +13,11 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Bytes of an element.
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // `static inline` everywhere in the headers that kernels include: each translation unit keeps its own copy, so the
 // linker can never put a copy compiled for AVX-512 into the portable path.
 

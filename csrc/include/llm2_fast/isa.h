@@ -6,9 +6,9 @@
 
 namespace llm2_fast {
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
-// "portable", "avx2" or "avx512".
+// "portable", "avx2", "avx512" or "avx512_bf16".
 const char* isa_name(Isa isa);
 
 // The tiers that are compiled in and that this CPU can run, lowest first. Never empty.

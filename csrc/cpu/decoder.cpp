@@ -1,0 +1,414 @@
+#include "llm2_fast/decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+#include "llm2_fast/thread_pool.h"
+
+namespace llm2_fast {
+namespace {
+
+constexpr int64_t kPhasesPerLayer = 13;  // at most: with updates of all four linear layers and a head
+constexpr int64_t kAttentionRows = 16;   // of one slot, attended to together
+
+int64_t round_up_to_even(int64_t value) {
+  return value + value % 2;
+}
+
+char* at(const AlignedBuffer& buffer, int64_t index, int64_t element_size) {
+  return static_cast<char*>(buffer.data()) + index * element_size;
+}
+
+float* floats(const AlignedBuffer& buffer, int64_t index = 0) {
+  return static_cast<float*>(buffer.data()) + index;
+}
+
+}  // namespace
+
+// Buffers of a pass over up to `capacity` rows. Padding is zero from the start and never written.
+struct Decoder::Workspace {
+  int64_t capacity = 0;
+  int64_t gated_stride = 0, lora_stride = 0, features_stride = 0;
+  AlignedBuffer residual;            // float32 [rows, hidden_size]
+  AlignedBuffer normed;              // [rows, hidden_size]; after the pass the final hidden states
+  AlignedBuffer qkv;                 // float32 [rows, num_heads + 2 * num_kv_heads, head_dim]
+  AlignedBuffer query, attended;     // [rows, num_heads, head_dim]
+  AlignedBuffer own_key, own_value;  // [num_layers, capacity, num_kv_heads, head_dim]
+  AlignedBuffer gated;               // [rows, gated_stride]
+  AlignedBuffer lora;                // [rows, lora_stride]
+  AlignedBuffer angles;              // float32 [rows, 2, head_dim / 2]
+  AlignedBuffer features;        // float32 [rows, features_stride]: what the score head reads, then its hidden layer
+  std::vector<uint8_t> has_own;  // [rows], all true
+  std::vector<AlignedBuffer> scratch;     // per thread
+  std::vector<RowRange> tiles;            // rows of one slot each
+  std::vector<int32_t> slots, positions;  // of the last pass
+  std::vector<uint8_t> stored;
+  int64_t logits_capacity = 0;
+  AlignedBuffer logits;  // float32 [rows, vocab_size]
+  AlignedBuffer last;    // [rows, hidden_size]
+
+  void reserve(const DecoderWeights& weights, int64_t rows, int64_t head_features);
+  void reserve_scratch(int num_threads, int64_t bytes);
+};
+
+void Decoder::Workspace::reserve(const DecoderWeights& weights, int64_t rows, int64_t head_features) {
+  if (rows <= capacity && head_features <= features_stride) return;
+  const DecoderSpec& spec = weights.spec;
+  const int64_t element = size_of(spec.dtype), layers = static_cast<int64_t>(weights.layers.size());
+  const int64_t kv_size = spec.num_kv_heads * spec.head_dim, q_size = spec.num_heads * spec.head_dim;
+  rows = std::max(rows, capacity);
+  features_stride = std::max(features_stride, head_features);
+  gated_stride = round_up_to_even(spec.intermediate_size);
+  lora_stride = 0;
+  for (const DecoderLayer& layer : weights.layers) {
+    for (const AdaptedLinear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+      if (linear->lora_a) lora_stride = std::max(lora_stride, round_up_to_even(linear->lora_a->out_features()));
+    }
+  }
+  residual = AlignedBuffer(rows * spec.hidden_size * 4);
+  normed = AlignedBuffer(rows * spec.hidden_size * element);
+  qkv = AlignedBuffer(rows * (q_size + 2 * kv_size) * 4);
+  query = AlignedBuffer(rows * q_size * element);
+  attended = AlignedBuffer(rows * q_size * element);
+  own_key = AlignedBuffer(layers * rows * kv_size * element);
+  own_value = AlignedBuffer(layers * rows * kv_size * element);
+  gated = AlignedBuffer(rows * gated_stride * element);
+  lora = AlignedBuffer(rows * lora_stride * element);
+  angles = AlignedBuffer(rows * spec.head_dim * 4);
+  features = AlignedBuffer(rows * features_stride * 4);
+  has_own.assign(static_cast<size_t>(rows), 1);
+  capacity = rows;
+}
+
+void Decoder::Workspace::reserve_scratch(int num_threads, int64_t bytes) {
+  scratch.resize(static_cast<size_t>(num_threads));
+  for (AlignedBuffer& buffer : scratch) {
+    if (buffer.data() == nullptr) buffer = AlignedBuffer(bytes);
+  }
+}
+
+// One forward pass, run by all workers together.
+class Decoder::Pass {
+ public:
+  Pass(const Decoder& decoder, const PagedCache& cache, const DecoderRows& rows, const ScoreHead* head, float* scores)
+      : weights_(decoder.weights_),
+        spec_(decoder.weights_.spec),
+        table_(kernels(decoder.isa_)),
+        work_(*decoder.workspace_),
+        cache_(cache),
+        rows_(rows),
+        head_(head),
+        scores_(scores),
+        element_(size_of(spec_.dtype)) {}
+
+  int64_t scratch_bytes() const {
+    return std::max(table_.branch_attention_workspace(attention_args(0)), spec_.head_dim * int64_t{4});
+  }
+
+  void plan();
+  void run(Worker& worker) const;
+
+ private:
+  void embed(int64_t row) const;
+  void run_layer(int64_t index, Worker& worker) const;
+  template <typename Work>
+  void each_row(Worker& worker, const Work& work) const;
+  void normalize(const std::vector<float>& weight, int64_t row) const;
+  void apply(const AdaptedLinear& linear, const AlignedBuffer& input, int64_t input_stride, Epilogue epilogue,
+             void* output, int64_t output_stride, Worker& worker) const;
+  void rope_and_store(int64_t index, Worker& worker) const;
+  void attend(int64_t index, Worker& worker) const;
+  void capture(int64_t layer, int64_t row) const;
+  void capture_final(int64_t row) const;
+  void score(int64_t row) const;
+  BranchAttentionArgs attention_args(int64_t index) const;
+
+  const DecoderWeights& weights_;
+  const DecoderSpec& spec_;
+  const KernelTable& table_;
+  Workspace& work_;
+  const PagedCache& cache_;
+  const DecoderRows& rows_;
+  const ScoreHead* head_;
+  float* scores_;
+  int64_t element_;
+};
+
+// Copies one position of keys or values [num_kv_heads, head_dim] to a slot of the cache.
+static void store_position(const PagedCache& cache, const DecoderSpec& spec, int64_t layer, int64_t slot,
+                           int64_t position, const void* row, void* storage) {
+  const int64_t size = spec.head_dim * size_of(spec.dtype);
+  const int64_t block = cache.block_table[slot * cache.block_table_row_stride + position / cache.block_size];
+  const int64_t first = (layer * cache.num_blocks + block) * spec.num_kv_heads;
+  for (int64_t head = 0; head < spec.num_kv_heads; ++head) {
+    const int64_t index = (first + head) * cache.block_size + position % cache.block_size;
+    std::memcpy(static_cast<char*>(storage) + index * size, static_cast<const char*>(row) + head * size,
+                static_cast<size_t>(size));
+  }
+}
+
+void Decoder::Pass::plan() {
+  work_.tiles.clear();
+  for (int64_t begin = 0; begin < rows_.count;) {
+    int64_t end = begin + 1;
+    while (end < rows_.count && end - begin < kAttentionRows && rows_.slots[end] == rows_.slots[begin]) ++end;
+    work_.tiles.push_back({begin, end});
+    begin = end;
+  }
+}
+
+void Decoder::Pass::run(Worker& worker) const {
+  each_row(worker, [&](int64_t row) { embed(row); });
+  for (int64_t layer = 0; layer < static_cast<int64_t>(weights_.layers.size()); ++layer) run_layer(layer, worker);
+  each_row(worker, [&](int64_t row) {
+    normalize(weights_.final_norm, row);
+    if (head_ != nullptr) score(row);
+  });
+}
+
+// Embedding and rotary angles of a row.
+void Decoder::Pass::embed(int64_t row) const {
+  const int64_t token = rows_.token_ids[row], size = spec_.hidden_size;
+  float* residual = floats(work_.residual, row * size);
+  if (weights_.embedding == nullptr) {
+    weights_.lm_head->unpack_row(token, residual);
+  } else if (spec_.dtype == DType::kFloat32) {
+    std::memcpy(residual, static_cast<const float*>(weights_.embedding) + token * size, static_cast<size_t>(size) * 4);
+  } else {
+    const BFloat16* embedding = static_cast<const BFloat16*>(weights_.embedding) + token * size;
+    for (int64_t i = 0; i < size; ++i) residual[i] = to_float(embedding[i]);
+  }
+  const int64_t half = spec_.head_dim / 2;
+  float* angles = floats(work_.angles, row * spec_.head_dim);
+  for (int64_t i = 0; i < half; ++i) {
+    const float angle = static_cast<float>(rows_.positions[row]) * spec_.inv_freq[static_cast<size_t>(i)];
+    angles[i] = std::cos(angle) * spec_.rope_scale;
+    angles[i + half] = std::sin(angle) * spec_.rope_scale;
+  }
+}
+
+void Decoder::Pass::run_layer(int64_t index, Worker& worker) const {
+  const DecoderLayer& layer = weights_.layers[static_cast<size_t>(index)];
+  const int64_t q_size = spec_.num_heads * spec_.head_dim, kv_size = spec_.num_kv_heads * spec_.head_dim;
+  const int64_t hidden = spec_.hidden_size;
+  each_row(worker, [&](int64_t row) { normalize(layer.input_norm, row); });
+  apply(layer.qkv, work_.normed, hidden, Epilogue::kStoreFloat, work_.qkv.data(), q_size + 2 * kv_size, worker);
+  rope_and_store(index, worker);
+  attend(index, worker);
+  apply(layer.o, work_.attended, q_size, Epilogue::kAdd, work_.residual.data(), hidden, worker);
+  each_row(worker, [&](int64_t row) { normalize(layer.post_attention_norm, row); });
+  apply(layer.gate_up, work_.normed, hidden, Epilogue::kSiluMul, work_.gated.data(), work_.gated_stride, worker);
+  apply(layer.down, work_.gated, work_.gated_stride, Epilogue::kAdd, work_.residual.data(), hidden, worker);
+  if (head_ != nullptr) each_row(worker, [&](int64_t row) { capture(index, row); });
+}
+
+template <typename Work>
+void Decoder::Pass::each_row(Worker& worker, const Work& work) const {
+  worker.each(rows_.count, [&](RowRange rows) {
+    for (int64_t row = rows.begin; row < rows.end; ++row) work(row);
+  });
+}
+
+void Decoder::Pass::normalize(const std::vector<float>& weight, int64_t row) const {
+  const int64_t first = row * spec_.hidden_size;
+  table_.rms_norm(spec_.dtype, floats(work_.residual, first), weight.data(), spec_.hidden_size, spec_.rms_norm_eps,
+                  at(work_.normed, first, element_));
+}
+
+void Decoder::Pass::apply(const AdaptedLinear& linear, const AlignedBuffer& input, int64_t input_stride,
+                          Epilogue epilogue, void* output, int64_t output_stride, Worker& worker) const {
+  LinearArgs args = {};
+  args.dtype = spec_.dtype;
+  args.rows = rows_.count;
+  if (linear.lora_a) {
+    args.terms[args.num_terms++] = {linear.lora_a->packed(), linear.lora_a->depth(), input.data(), input_stride};
+    args.out_features = linear.lora_a->out_features();
+    args.epilogue = Epilogue::kStore;
+    args.output = work_.lora.data();
+    args.output_stride = work_.lora_stride;
+    worker.each(linear.lora_a->num_panels(), [&](RowRange panels) { table_.linear(args, panels); });
+    args.num_terms = 0;
+  }
+  args.terms[args.num_terms++] = {linear.weight->packed(), linear.weight->depth(), input.data(), input_stride};
+  if (linear.lora_b) {
+    args.terms[args.num_terms++] = {linear.lora_b->packed(), linear.lora_b->depth(), work_.lora.data(),
+                                    work_.lora_stride};
+  }
+  args.out_features = linear.weight->out_features() / (epilogue == Epilogue::kSiluMul ? 2 : 1);
+  args.bias = linear.weight->bias();
+  args.epilogue = epilogue;
+  args.output = output;
+  args.output_stride = output_stride;
+  worker.each(linear.weight->num_panels(), [&](RowRange panels) { table_.linear(args, panels); });
+}
+
+void Decoder::Pass::rope_and_store(int64_t index, Worker& worker) const {
+  const DecoderLayer& layer = weights_.layers[static_cast<size_t>(index)];
+  const int64_t kv_size = spec_.num_kv_heads * spec_.head_dim, first = index * work_.capacity * kv_size;
+  char *own_key = at(work_.own_key, first, element_), *own_value = at(work_.own_value, first, element_);
+  RopeArgs args = {};
+  args.dtype = spec_.dtype;
+  args.num_heads = spec_.num_heads;
+  args.num_kv_heads = spec_.num_kv_heads;
+  args.head_dim = spec_.head_dim;
+  args.qkv = floats(work_.qkv);
+  args.angles = floats(work_.angles);
+  args.q_norm = layer.q_norm.empty() ? nullptr : layer.q_norm.data();
+  args.k_norm = layer.k_norm.empty() ? nullptr : layer.k_norm.data();
+  args.eps = spec_.rms_norm_eps;
+  args.query = work_.query.data();
+  args.own_key = own_key;
+  args.own_value = own_value;
+  args.scratch = floats(work_.scratch[static_cast<size_t>(worker.index())]);
+  each_row(worker, [&](int64_t row) {
+    table_.rope(args, {row, row + 1});
+    if (!rows_.stored[row]) return;
+    const int64_t slot = rows_.slots[row], position = rows_.positions[row], offset = row * kv_size * element_;
+    store_position(cache_, spec_, index, slot, position, own_key + offset, cache_.keys);
+    store_position(cache_, spec_, index, slot, position, own_value + offset, cache_.values);
+  });
+}
+
+BranchAttentionArgs Decoder::Pass::attention_args(int64_t index) const {
+  const int64_t dim = spec_.head_dim, kv_size = spec_.num_kv_heads * dim;
+  const int64_t layer_size = cache_.num_blocks * cache_.block_size * kv_size * element_;
+  BranchAttentionArgs args = {};
+  args.num_heads = spec_.num_heads;
+  args.num_kv_heads = spec_.num_kv_heads;
+  args.head_dim = dim;
+  args.block_size = cache_.block_size;
+  args.dtype = spec_.dtype;
+  args.query = work_.query.data();
+  args.query_row_stride = spec_.num_heads * dim;
+  args.query_head_stride = dim;
+  args.key_cache = static_cast<const char*>(cache_.keys) + index * layer_size;
+  args.value_cache = static_cast<const char*>(cache_.values) + index * layer_size;
+  args.key_block_stride = args.value_block_stride = cache_.block_size * kv_size;
+  args.key_head_stride = args.value_head_stride = cache_.block_size * dim;
+  args.key_position_stride = args.value_position_stride = dim;
+  args.block_table = cache_.block_table;
+  args.block_table_row_stride = cache_.block_table_row_stride;
+  args.row_sequence = rows_.slots;
+  args.row_prefix_length = rows_.positions;
+  args.row_has_own = work_.has_own.data();
+  args.own_key = at(work_.own_key, index * work_.capacity * kv_size, element_);
+  args.own_value = at(work_.own_value, index * work_.capacity * kv_size, element_);
+  args.own_key_row_stride = args.own_value_row_stride = kv_size;
+  args.own_key_head_stride = args.own_value_head_stride = dim;
+  args.scale = spec_.attention_scale;
+  args.sliding_window = weights_.layers[static_cast<size_t>(index)].sliding_window;
+  args.output = work_.attended.data();
+  return args;
+}
+
+void Decoder::Pass::attend(int64_t index, Worker& worker) const {
+  const BranchAttentionArgs args = attention_args(index);
+  void* scratch = work_.scratch[static_cast<size_t>(worker.index())].data();
+  worker.each(static_cast<int64_t>(work_.tiles.size()) * spec_.num_kv_heads, [&](RowRange items) {
+    for (int64_t item = items.begin; item < items.end; ++item) {
+      const int64_t kv_head = item % spec_.num_kv_heads;
+      const RowRange tile = work_.tiles[static_cast<size_t>(item / spec_.num_kv_heads)];
+      table_.branch_attention(args, tile, {kv_head, kv_head + 1}, scratch);
+    }
+  });
+}
+
+// Keeps the hidden state of an inner layer if the head reads it.
+void Decoder::Pass::capture(int64_t layer, int64_t row) const {
+  const int64_t size = spec_.hidden_size;
+  for (size_t i = 0; i < head_->layers.size(); ++i) {
+    if (head_->layers[i] != layer) continue;
+    std::memcpy(floats(work_.features, row * work_.features_stride + static_cast<int64_t>(i) * size),
+                floats(work_.residual, row * size), static_cast<size_t>(size) * 4);
+  }
+}
+
+// Puts the final hidden state where the head reads it, as float32.
+void Decoder::Pass::capture_final(int64_t row) const {
+  const int64_t size = spec_.hidden_size;
+  const char* hidden = at(work_.normed, row * size, element_);
+  for (size_t i = 0; i < head_->layers.size(); ++i) {
+    if (head_->layers[i] != ScoreHead::kFinalLayer) continue;
+    float* feature = floats(work_.features, row * work_.features_stride + static_cast<int64_t>(i) * size);
+    for (int64_t j = 0; j < size; ++j) {
+      feature[j] = spec_.dtype == DType::kFloat32 ? reinterpret_cast<const float*>(hidden)[j]
+                                                  : to_float(reinterpret_cast<const BFloat16*>(hidden)[j]);
+    }
+  }
+}
+
+void Decoder::Pass::score(int64_t row) const {
+  capture_final(row);
+  const float* inputs = floats(work_.features, row * work_.features_stride);
+  const int64_t num_features = spec_.hidden_size * static_cast<int64_t>(head_->layers.size());
+  if (!head_->dense_bias.empty()) {
+    float* units = floats(work_.features, row * work_.features_stride + num_features);
+    for (size_t unit = 0; unit < head_->dense_bias.size(); ++unit) {
+      const float* weight = head_->dense_weight.data() + static_cast<int64_t>(unit) * num_features;
+      const float x = table_.dot(weight, inputs, num_features) + head_->dense_bias[unit];
+      units[unit] = x / (1.0f + std::exp(-x));
+    }
+    inputs = units;
+  }
+  const int64_t num_inputs = static_cast<int64_t>(head_->score_weight.size());
+  scores_[row] = table_.dot(head_->score_weight.data(), inputs, num_inputs) + head_->score_bias;
+}
+
+Decoder::Decoder(DecoderWeights weights, Isa isa)
+    : weights_(std::move(weights)), isa_(isa), workspace_(new Workspace) {}
+
+Decoder::~Decoder() = default;
+
+void Decoder::forward(const PagedCache& cache, const DecoderRows& rows, const ScoreHead* head, float* scores,
+                      int num_threads) {
+  if (rows.count == 0) return;
+  int64_t head_features = 0;
+  if (head != nullptr) {
+    head_features =
+        spec().hidden_size * static_cast<int64_t>(head->layers.size()) + static_cast<int64_t>(head->dense_bias.size());
+  }
+  workspace_->reserve(weights_, rows.count, head_features);
+  workspace_->slots.assign(rows.slots, rows.slots + rows.count);
+  workspace_->positions.assign(rows.positions, rows.positions + rows.count);
+  workspace_->stored.assign(rows.stored, rows.stored + rows.count);
+  Pass pass(*this, cache, rows, head, scores);
+  workspace_->reserve_scratch(num_threads, pass.scratch_bytes());
+  pass.plan();
+  const int64_t num_phases = 2 + kPhasesPerLayer * static_cast<int64_t>(weights_.layers.size());
+  run_parallel(num_threads, num_phases, [&](Worker& worker) { pass.run(worker); });
+}
+
+void Decoder::keep_row(const PagedCache& cache, int64_t row) const {
+  const int64_t slot = workspace_->slots[static_cast<size_t>(row)];
+  const int64_t position = workspace_->positions[static_cast<size_t>(row)];
+  const int64_t element = size_of(spec().dtype), hidden_bytes = spec().hidden_size * element;
+  std::memcpy(static_cast<char*>(cache.hidden_states) + slot * hidden_bytes, at(workspace_->normed, row, hidden_bytes),
+              static_cast<size_t>(hidden_bytes));
+  if (workspace_->stored[static_cast<size_t>(row)]) return;
+  const int64_t kv_bytes = spec().num_kv_heads * spec().head_dim * element;
+  for (int64_t layer = 0; layer < static_cast<int64_t>(weights_.layers.size()); ++layer) {
+    const int64_t index = layer * workspace_->capacity + row;
+    store_position(cache, spec(), layer, slot, position, at(workspace_->own_key, index, kv_bytes), cache.keys);
+    store_position(cache, spec(), layer, slot, position, at(workspace_->own_value, index, kv_bytes), cache.values);
+  }
+}
+
+const float* Decoder::logits(const PagedCache& cache, const int32_t* slots, int64_t count, int num_threads) {
+  Workspace& work = *workspace_;
+  const int64_t hidden_bytes = spec().hidden_size * size_of(spec().dtype);
+  if (count > work.logits_capacity) {
+    work.logits = AlignedBuffer(count * spec().vocab_size * 4);
+    work.last = AlignedBuffer(count * hidden_bytes);
+    work.logits_capacity = count;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(at(work.last, i, hidden_bytes), static_cast<const char*>(cache.hidden_states) + slots[i] * hidden_bytes,
+                static_cast<size_t>(hidden_bytes));
+  }
+  weights_.lm_head->multiply(work.last.data(), count, floats(work.logits), num_threads);
+  return floats(work.logits);
+}
+
+}  // namespace llm2_fast

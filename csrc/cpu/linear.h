@@ -1,0 +1,158 @@
+// Linear layers over packed weights, y = epilogue(sum over terms of W x, plus bias).
+//
+// Weights are packed in panels of kStrips * kLanes output features, [depth / kDepth, kStrips, kLanes, kDepth] each: a
+// matrix is one stream of memory. A panel is multiplied with up to kRowsAtOnce rows whose sums stay in registers.
+//
+// Every output is one chain of multiply-adds over the depth. So its bits depend neither on the rows it is computed with
+// nor on the thread, and few rows and many give the same.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+#include "multiply_add.h"
+#include "vector_math.h"
+
+namespace llm2_fast {
+namespace LLM2_FAST_TIER {
+
+constexpr int kStrips = 2;
+constexpr int kPanelWidth = kStrips * kLanes;
+constexpr int64_t kPrefetchBytes = 4096;  // ahead of the weights in use
+constexpr int64_t kCacheLine = 64;
+
+static PanelShape panel_shape(DType dtype) {
+  return {kPanelWidth, kLanes, dtype == DType::kFloat32 ? MultiplyAdd<float>::kDepth : MultiplyAdd<BFloat16>::kDepth};
+}
+
+// Where the weight of output feature `row` and input feature k lies among the packed ones.
+template <typename T>
+static inline int64_t packed_index(int64_t row, int64_t k, int64_t depth) {
+  constexpr int64_t kDepth = MultiplyAdd<T>::kDepth;
+  const int64_t panel = row / kPanelWidth, lane = row % kPanelWidth;
+  return panel * kPanelWidth * depth + (k / kDepth * kPanelWidth + lane) * kDepth + k % kDepth;
+}
+
+template <typename T>
+static void pack_panels_of(const PackArgs& args, RowRange panels) {
+  T* packed = static_cast<T*>(args.packed);
+  for (int64_t row = panels.begin * kPanelWidth; row < panels.end * kPanelWidth; ++row) {
+    const T* weights = static_cast<const T*>(args.rows[row]);
+    for (int64_t k = 0; k < args.depth; ++k) {
+      packed[packed_index<T>(row, k, args.depth)] = weights != nullptr && k < args.in_features ? weights[k] : T{};
+    }
+  }
+}
+
+static void pack_panels(const PackArgs& args, RowRange panels) {
+  args.dtype == DType::kFloat32 ? pack_panels_of<float>(args, panels) : pack_panels_of<BFloat16>(args, panels);
+}
+
+template <typename T>
+static void unpack_row_of(const void* packed, int64_t row, int64_t depth, int64_t size, float* output) {
+  for (int64_t k = 0; k < size; ++k)
+    output[k] = to_float(static_cast<const T*>(packed)[packed_index<T>(row, k, depth)]);
+}
+
+static void unpack_row(DType dtype, const void* packed, int64_t row, int64_t depth, int64_t size, float* output) {
+  dtype == DType::kFloat32 ? unpack_row_of<float>(packed, row, depth, size, output)
+                           : unpack_row_of<BFloat16>(packed, row, depth, size, output);
+}
+
+// tile[r][i] = sum over the terms of W x for the rows [row, row + kRows) and the output features of a panel.
+template <typename T, int kRows>
+static void multiply_panel(const LinearArgs& args, int64_t panel, int64_t row, float* tile) {
+  using Step = MultiplyAdd<T>;
+  constexpr int64_t kStepSize = int64_t{kPanelWidth} * Step::kDepth;
+  Vec sum[kRows][kStrips];
+  for (int r = 0; r < kRows; ++r) {
+    for (int s = 0; s < kStrips; ++s) sum[r][s] = set1(0.0f);
+  }
+  for (int t = 0; t < args.num_terms; ++t) {
+    const LinearTerm& term = args.terms[t];
+    const T* weights = static_cast<const T*>(term.packed) + panel * kPanelWidth * term.depth;
+    const T* inputs = static_cast<const T*>(term.input) + row * term.input_stride;
+    for (int64_t k = 0; k < term.depth; k += Step::kDepth, weights += kStepSize) {
+      // Past the end a prefetch does nothing.
+      const char* ahead = reinterpret_cast<const char*>(weights) + kPrefetchBytes;
+      for (int64_t line = 0; line < kStepSize * int64_t{sizeof(T)}; line += kCacheLine)
+        __builtin_prefetch(ahead + line);
+      typename Step::Operand strip[kStrips];
+      for (int s = 0; s < kStrips; ++s) strip[s] = Step::weights(weights + s * kLanes * Step::kDepth);
+      for (int r = 0; r < kRows; ++r) {
+        const typename Step::Operand input = Step::inputs(inputs + r * term.input_stride + k);
+        for (int s = 0; s < kStrips; ++s) sum[r][s] = Step::apply(strip[s], input, sum[r][s]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int s = 0; s < kStrips; ++s) store(tile + r * kPanelWidth + s * kLanes, sum[r][s]);
+  }
+}
+
+template <typename T, int kRows = kRowsAtOnce>
+static void multiply_rows(const LinearArgs& args, int64_t panel, RowRange rows, float* tile) {
+  if (rows.end - rows.begin == kRows) {
+    multiply_panel<T, kRows>(args, panel, rows.begin, tile);
+  } else if constexpr (kRows > 1) {
+    multiply_rows<T, kRows - 1>(args, panel, rows, tile);
+  }
+}
+
+// output[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)).
+template <typename T>
+static void silu_mul(const float* gate, const float* up, int64_t size, T* output) {
+  float product[kLanes];
+  // exp(-|x|) cannot overflow: silu(x) = x * (x < 0 ? e : 1) / (1 + e).
+  for (int i = 0; i < kLanes; ++i) product[i] = -fabsf(gate[i]);
+  store(product, exp_nonpositive(load(product)));
+  for (int i = 0; i < kLanes; ++i) product[i] = gate[i] * (gate[i] < 0.0f ? product[i] : 1.0f) / (1.0f + product[i]);
+  for (int64_t i = 0; i < size; ++i) from_float(product[i] * up[i], output + i);
+}
+
+// Writes the features of a panel for one row, of which `tile` has the sums.
+template <typename T>
+static void finish_row(const LinearArgs& args, int64_t panel, int64_t row, float* tile) {
+  if (args.bias != nullptr) {
+    for (int i = 0; i < kPanelWidth; ++i) tile[i] += args.bias[panel * kPanelWidth + i];
+  }
+  const int64_t features = args.epilogue == Epilogue::kSiluMul ? kLanes : kPanelWidth;
+  const int64_t first = panel * features, rest = args.out_features - first;
+  const int64_t size = rest < features ? rest : features;
+  const int64_t offset = row * args.output_stride + first;
+  T* stored = static_cast<T*>(args.output) + offset;
+  float* floats = static_cast<float*>(args.output) + offset;
+  switch (args.epilogue) {
+    case Epilogue::kStore:
+      for (int64_t i = 0; i < size; ++i) from_float(tile[i], stored + i);
+      break;
+    case Epilogue::kStoreFloat:
+      for (int64_t i = 0; i < size; ++i) floats[i] = tile[i];
+      break;
+    case Epilogue::kAdd:
+      for (int64_t i = 0; i < size; ++i) floats[i] += tile[i];
+      break;
+    case Epilogue::kSiluMul:
+      silu_mul(tile, tile + kLanes, size, stored);
+      break;
+  }
+}
+
+template <typename T>
+static void linear_of(const LinearArgs& args, RowRange panels) {
+  float tile[kRowsAtOnce * kPanelWidth];
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    for (int64_t row = 0; row < args.rows; row += kRowsAtOnce) {
+      const RowRange rows = {row, row + kRowsAtOnce < args.rows ? row + kRowsAtOnce : args.rows};
+      multiply_rows<T>(args, panel, rows, tile);
+      for (int64_t r = rows.begin; r < rows.end; ++r) finish_row<T>(args, panel, r, tile + (r - row) * kPanelWidth);
+    }
+  }
+}
+
+static void linear(const LinearArgs& args, RowRange panels) {
+  args.dtype == DType::kFloat32 ? linear_of<float>(args, panels) : linear_of<BFloat16>(args, panels);
+}
+
+}  // namespace LLM2_FAST_TIER
+}  // namespace llm2_fast

@@ -1,0 +1,75 @@
+// Weights of a linear layer, packed for the kernels of one instruction-set tier.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "llm2_fast/dtype.h"
+#include "llm2_fast/isa.h"
+
+namespace llm2_fast {
+
+// Zeroed memory, aligned for vectors and, where it is large, for huge pages.
+class AlignedBuffer {
+ public:
+  AlignedBuffer() = default;
+  // Throws std::bad_alloc.
+  explicit AlignedBuffer(int64_t bytes);
+  void* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(void* data) const { std::free(data); }
+  };
+  std::unique_ptr<void, Free> data_;
+};
+
+// Weight [out_features, in_features] of a linear layer, and its bias [out_features] or null. Only read while packing.
+struct WeightView {
+  const void* weight;
+  int64_t out_features;
+  int64_t row_stride;
+  const float* bias;
+};
+
+enum class Arrangement {
+  kStacked,      // the output features of all weights, one after another
+  kInterleaved,  // of two weights of one shape, such that the kernels can combine the i-th features of both
+};
+
+// One or more linear layers with the same input, as one.
+class PackedLinear {
+ public:
+  // Packs `weights` of `dtype`. Throws std::bad_alloc.
+  PackedLinear(DType dtype, const std::vector<WeightView>& weights, int64_t in_features, Arrangement arrangement,
+               Isa isa, int num_threads);
+
+  DType dtype() const { return dtype_; }
+  Isa isa() const { return isa_; }
+  int64_t in_features() const { return in_features_; }
+  int64_t out_features() const { return out_features_; }  // of all weights together
+  int64_t depth() const { return depth_; }                // in_features, padded
+  int64_t num_panels() const { return num_panels_; }
+  Arrangement arrangement() const { return arrangement_; }
+  const void* packed() const { return packed_.data(); }
+  const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }  // in the order of the panels
+
+  // Weights [in_features] of an output feature, as float32. Only of stacked weights.
+  void unpack_row(int64_t row, float* output) const;
+
+  // output [rows, out_features], float32, of input [rows, depth] of the dtype with zeros in the padding. Only of
+  // stacked weights.
+  void multiply(const void* input, int64_t rows, float* output, int num_threads) const;
+
+ private:
+  DType dtype_;
+  Isa isa_;
+  Arrangement arrangement_;
+  int64_t in_features_, out_features_, depth_, num_panels_;
+  AlignedBuffer packed_;
+  std::vector<float> bias_;
+};
+
+}  // namespace llm2_fast

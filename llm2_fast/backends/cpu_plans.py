@@ -1,0 +1,206 @@
+"""The ways in which the cpu backend gets scores: plain, joint look-ahead, lazy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.utils.dlpack import to_dlpack
+
+from llm2_fast.backends.cached_decoder import CachedDecoder, PassRows
+from llm2_fast.backends.options import occurring_tokens, pick_options, seen_tokens
+from llm2_fast.backends.outputs import step_outputs
+from llm2_fast.backends.step_tensors import StepTensors
+from llm2_fast.ops import adjust_and_pick
+from llm2_fast.reference import Candidates
+from llm2_fast.results import StepOutput
+from llm2_fast.sequence import Sequence
+
+_LONG = 64  # more skipped tokens than this do not ride along with the candidates
+
+
+class CpuPlan(ABC):
+    """One step of a batch, and what a verifier keeps of its sequences."""
+
+    def __init__(self, extension: ModuleType, llm: CachedDecoder) -> None:
+        self._extension, self._llm = extension, llm
+        self._tensors: StepTensors | None = None
+
+    @abstractmethod
+    def step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        """Choose the next token of each sequence."""
+
+    def add(self, sequence: Sequence) -> None:
+        """A sequence was given a slot."""
+
+    def fork(self, parent: int, child: int) -> None:
+        """A slot was forked."""
+
+    def free(self, slot: int) -> None:
+        """A slot is about to be given back; it may not have been added yet."""
+
+    def _tensors_for(self, sequences: list[Sequence], **widths: int) -> StepTensors:
+        if self._tensors is None or not self._tensors.fit(sequences):
+            self._tensors = StepTensors(self._extension, sequences, **widths)
+        return self._tensors
+
+    def _pending(self, sequences: list[Sequence]) -> PassRows:
+        """Rows for the tokens that the LLM's cache lacks: the last one, or none right after the prompt."""
+        slots = [s.slot for s in sequences]
+        return self._llm.pending_rows(slots, [s.tokens_from(self._llm.lengths[s.slot]) for s in sequences])
+
+
+class PlainCpuPlan(CpuPlan):
+    """No verifier: the pick is among the whole vocabulary."""
+
+    def __init__(self, extension: ModuleType, llm: CachedDecoder) -> None:
+        super().__init__(extension, llm)
+        # Made once: torch's threads would wake for it in every step and then spin on the processors of ours.
+        self._ids = torch.arange(llm.spec.vocab_size, dtype=torch.int32)
+
+    def step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        vocab_size = self._llm.spec.vocab_size
+        tensors = self._tensors_for(sequences, max_candidates=1, pick_width=vocab_size)
+        pending = self._pending(sequences)
+        seen = occurring_tokens(sequences, vocab_size)
+        self._llm.decoder.plain_step(
+            self._llm.cache,
+            tensors.bound,
+            [s.slot for s in sequences],
+            pending.token_ids,
+            pending.slots,
+            pending.positions,
+            None if seen is None else to_dlpack(seen),
+            self._llm.num_threads,
+        )
+        usable, picked = tensors.candidates, tensors.picked
+        ids = self._ids.expand(len(sequences), -1)
+        candidates = usable._replace(ids=ids, logits=picked.adjusted, cut=torch.zeros_like(usable.cut))
+        return step_outputs(sequences, candidates, None, picked, [0] * len(sequences))
+
+
+class JointCpuPlan(CpuPlan):
+    """`head`: one pass over all branches gives their scores and, for the chosen one, the next logits."""
+
+    def __init__(self, extension: ModuleType, llm: CachedDecoder, head: Any) -> None:
+        super().__init__(extension, llm)
+        self._head = head
+
+    def step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        tensors = self._tensors_for(sequences)
+        slots = [s.slot for s in sequences]
+        lengths = [self._llm.lengths[slot] for slot in slots]
+        for slot, length in zip(slots, lengths, strict=True):
+            self._llm.reserve(slot, length + 1)
+        seen = occurring_tokens(sequences, self._llm.spec.vocab_size)
+        self._llm.decoder.joint_step(
+            self._llm.cache,
+            tensors.bound,
+            slots,
+            lengths,
+            self._head,
+            None if seen is None else to_dlpack(seen),
+            self._llm.num_threads,
+        )
+        for slot, index in zip(slots, tensors.picked.index.tolist(), strict=True):
+            self._llm.lengths[slot] += index >= 0
+        verifier_rows = [count if count > 1 else 0 for count in tensors.candidates.count.tolist()]
+        return step_outputs(sequences, tensors.candidates, tensors.scores, tensors.picked, verifier_rows)
+
+
+class LazyCpuPlan(CpuPlan):
+    """`lora` and `full`: the verifier runs at ambiguous steps only and catches up on what it skipped."""
+
+    def __init__(self, extension: ModuleType, llm: CachedDecoder, verifier: CachedDecoder, head: Any) -> None:
+        super().__init__(extension, llm)
+        self._verifier, self._head = verifier, head
+        self._slots: dict[int, int] = {}  # LLM slot -> verifier slot
+        self._tokens: dict[int, list[int]] = {}  # of each verifier slot, cached or not
+
+    def step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        tensors = self._tensors_for(sequences)
+        pending = self._pending(sequences)
+        self._llm.decoder.propose(
+            self._llm.cache,
+            tensors.bound,
+            [s.slot for s in sequences],
+            pending.token_ids,
+            pending.slots,
+            pending.positions,
+            self._verifier.spec.vocab_size,  # what the verifier does not know cannot be scored, so it is no candidate
+            self._llm.num_threads,
+        )
+        candidates = tensors.candidates
+        scores, first_rows, verifier_rows = self._score(sequences, candidates)
+        seen = seen_tokens(sequences, candidates.ids, self._llm.spec.vocab_size)
+        picked = adjust_and_pick(
+            candidates.ids, candidates.logits, candidates.count, scores, seen=seen, **pick_options(sequences)
+        )
+        for sequence, first_row, index, token in zip(
+            sequences, first_rows, picked.index.tolist(), picked.token.tolist(), strict=True
+        ):
+            if token < 0:
+                continue
+            slot = self._slots[sequence.slot]
+            if first_row is not None:
+                self._verifier.keep_row(slot, first_row + index)
+            self._tokens[slot].append(token)
+        return step_outputs(sequences, candidates, scores, picked, verifier_rows)
+
+    def add(self, sequence: Sequence) -> None:
+        slot = self._slots[sequence.slot] = self._verifier.allocate()
+        self._tokens[slot] = list(sequence.prompt_token_ids)
+
+    def fork(self, parent: int, child: int) -> None:
+        slot = self._slots[parent]
+        self._verifier.extend([slot], [self._skipped(slot)])  # once for all forks
+        copy = self._slots[child] = self._verifier.fork(slot)
+        self._tokens[copy] = list(self._tokens[slot])
+
+    def free(self, slot: int) -> None:
+        if slot in self._slots:
+            slot = self._slots.pop(slot)
+            del self._tokens[slot]
+            self._verifier.free(slot)
+
+    def _skipped(self, slot: int) -> list[int]:
+        """Tokens that the verifier has not seen yet."""
+        return self._tokens[slot][self._verifier.lengths[slot] :]
+
+    def _score(
+        self, sequences: list[Sequence], candidates: Candidates
+    ) -> tuple[torch.Tensor, list[int | None], list[int]]:
+        """Scores [B, K], and per sequence the row of its first branch in the last pass and the number of rows."""
+        scores = torch.full(candidates.ids.shape, float("-inf"))
+        counts = candidates.count.tolist()
+        first_rows: list[int | None] = [None] * len(sequences)
+        verifier_rows = [0] * len(sequences)
+        ambiguous = [row for row, count in enumerate(counts) if count > 1]
+        if not ambiguous:
+            return scores, first_rows, verifier_rows
+        rows = PassRows.empty()
+        slots = [self._slots[sequences[row].slot] for row in ambiguous]
+        skipped = {slot: self._skipped(slot) for slot in slots}
+        self._catch_up(slots, skipped)
+        for row, slot in zip(ambiguous, slots, strict=True):
+            chain = self._verifier.pending_rows([slot], [self._skipped(slot)])
+            for token, position in zip(chain.token_ids, chain.positions, strict=True):
+                rows.add(slot, token, position, stored=True)
+            first_rows[row] = len(rows)
+            verifier_rows[row] = len(skipped[slot]) + counts[row]
+            length = self._verifier.lengths[slot]
+            self._verifier.reserve(slot, length + 1)
+            for token in candidates.ids[row, : counts[row]].tolist():
+                rows.add(slot, token, length, stored=False)
+        row_scores = self._verifier.forward(rows, self._head)
+        for row in ambiguous:
+            first, count = first_rows[row], counts[row]
+            scores[row, :count] = row_scores[first : first + count]
+        return scores, first_rows, verifier_rows
+
+    def _catch_up(self, slots: list[int], skipped: dict[int, list[int]]) -> None:
+        """Run long stretches of skipped tokens, prompts mostly, in passes of their own."""
+        long = [slot for slot in slots if len(skipped[slot]) > _LONG]
+        self._verifier.extend(long, [skipped[slot] for slot in long])

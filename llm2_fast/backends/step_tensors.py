@@ -1,0 +1,77 @@
+"""`StepTensors`: options and outputs of a batch's compiled steps."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch.utils.dlpack import to_dlpack
+
+from llm2_fast.backends.options import candidate_options, pick_options
+from llm2_fast.reference import Candidates, Picked
+from llm2_fast.sequence import Sequence
+
+
+class StepTensors:
+    """Allocated once for a batch; the steps of the same sequences overwrite the outputs.
+
+    Args:
+        extension: The module `llm2_fast_C`.
+        sequences: The batch.
+        max_candidates: K of the selection; by default the largest of the sequences' options.
+        pick_width: K of the pick; by default that of the selection.
+
+    Attributes:
+        candidates, scores, picked: The outputs, as of the functions in `llm2_fast.reference`.
+        bound: `llm2_fast_C.StepTensors`.
+    """
+
+    def __init__(
+        self,
+        extension: ModuleType,
+        sequences: list[Sequence],
+        max_candidates: int | None = None,
+        pick_width: int | None = None,
+    ) -> None:
+        batch = len(sequences)
+        select = candidate_options(sequences)
+        width = select.pop("max_candidates")
+        if max_candidates is not None:
+            width = max_candidates
+        pick_width = width if pick_width is None else pick_width
+        pick = pick_options(sequences)
+        self._sequences, self._step = list(sequences), pick["step"]
+
+        def integers(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.int32)
+
+        def flags() -> torch.Tensor:
+            return torch.empty(batch, dtype=torch.bool)
+
+        self.candidates = Candidates(
+            ids=integers(batch, width),
+            logits=torch.empty(batch, width),
+            count=integers(batch),
+            logsumexp=torch.empty(batch),
+            cut=flags(),
+        )
+        self.scores = torch.empty(batch, width)
+        self.picked = Picked(
+            index=integers(batch),
+            token=integers(batch),
+            logprob=torch.empty(batch),
+            system1_index=integers(batch),
+            adjusted=torch.empty(batch, pick_width),
+            finished=flags(),
+        )
+        outputs = {**self.candidates._asdict(), **self.picked._asdict(), "scores": self.scores}
+        outputs["candidate_logits"] = outputs.pop("logits")
+        capsules = {name: to_dlpack(tensor) for name, tensor in {**select, **pick, **outputs}.items()}
+        self.bound = extension.StepTensors(batch, width, pick_width, **capsules)
+
+    def fit(self, sequences: list[Sequence]) -> bool:
+        """Whether these are the tensors of `sequences`; if so, their step numbers are brought up to date."""
+        if sequences != self._sequences:
+            return False
+        self._step.copy_(torch.tensor([len(s.token_ids) for s in sequences], dtype=torch.int32))
+        return True
