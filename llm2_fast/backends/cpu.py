@@ -117,7 +117,7 @@ def _make_plan(
 def _lora_updates(decoder: LoraDecoder) -> dict[str, LoraUpdate]:
     """By module path below the decoder."""
     paths = {module: path for path, module in decoder.model.named_modules()}
-    return {paths[module]: (delta.a, delta.b * delta.scaling) for module, delta in decoder._adapted}
+    return {paths[module]: (delta.a, delta.b * delta.scaling) for module, delta in decoder.adapted}
 
 
 def _pack_head(extension: ModuleType, head: ScoreHead | LabelHead, hidden_size: int) -> Any:

@@ -65,6 +65,9 @@ class LoraDecoder(Decoder):
         model: The base model under the adapter.
         deltas: By module path inside `model`.
 
+    Attributes:
+        adapted: The modules with their updates.
+
     Raises:
         IncompatibleVerifierError: A module is missing or of another shape.
     """
@@ -72,7 +75,7 @@ class LoraDecoder(Decoder):
     def __init__(self, model: PreTrainedModel, deltas: dict[str, LoraDelta]) -> None:
         super().__init__(model)
         modules = dict(model.named_modules())
-        self._adapted: list[tuple[nn.Module, LoraDelta]] = []
+        self.adapted: list[tuple[nn.Module, LoraDelta]] = []
         for path, delta in deltas.items():
             if (module := modules.get(path)) is None:
                 raise IncompatibleVerifierError(f"verifier: expected a module {path!r} to adapt, the model has none")
@@ -82,7 +85,7 @@ class LoraDecoder(Decoder):
             if shape != update:
                 raise IncompatibleVerifierError(f"verifier: {path} expected an update of shape {shape}, got {update}")
             moved = LoraDelta(delta.a.to(weight.device), delta.b.to(weight.device), delta.scaling)
-            self._adapted.append((module, moved))
+            self.adapted.append((module, moved))
 
     def forward(
         self, cache: SlotCache, rows: Sequence[Rows], layers: tuple[int, ...] = (FINAL_LAYER,)
@@ -96,7 +99,7 @@ class LoraDecoder(Decoder):
             return lambda module, args, output: output + delta(args[0]).to(output.dtype)
 
         with ExitStack() as hooks:
-            for module, delta in self._adapted:
+            for module, delta in self.adapted:
                 hooks.callback(module.register_forward_hook(hook(delta)).remove)
             yield
 
