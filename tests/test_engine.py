@@ -1,5 +1,6 @@
 """The engine: batching, queueing, streaming, statistics, isolation of errors, interruption."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -398,6 +399,43 @@ def test_unsupported_attention_is_refused():
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ArgumentError, match="model: expected attn_implementation 'eager' or 'sdpa', got 'flash"):
         load(model)
+
+
+def test_rotary_frequencies_that_depend_on_the_batch_are_refused():
+    model = tiny.causal_lm("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(ArgumentError, match="frequencies that do not depend on the batch, got rope_type 'dynamic'"):
+        load(model)
+
+
+def test_window_that_the_model_ignores_is_refused():
+    model = tiny.causal_lm("llama")
+    model.config.sliding_window = 8  # Llama's code does not read it
+    with pytest.raises(ArgumentError, match="whose cached hidden states differ"):
+        load(model)
+
+
+def test_running_out_of_memory_leaves_the_cache_usable(monkeypatch):
+    built = engine("head")
+    (expected,) = built.generate(PROMPTS[0], max_new_tokens=6)
+    built = engine("head")
+
+    def fail(*_args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotCache, "_resize", fail)
+        with pytest.raises(MemoryError):
+            built.generate(PROMPTS[0], max_new_tokens=6)
+    assert tokens(built.generate(PROMPTS[0], max_new_tokens=6)[0]) == tokens(expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_share_an_engine(kind):
+    built = engine(kind)
+    expected = [tokens(built.generate([prompt], max_new_tokens=6)[0]) for prompt in PROMPTS]
+    with ThreadPoolExecutor(3) as threads:
+        results = list(threads.map(lambda prompt: built.generate([prompt], max_new_tokens=6)[0], PROMPTS * 3))
+    assert [tokens(result) for result in results] == expected * 3
 
 
 def test_model_with_other_cache_conventions_is_refused(monkeypatch):
