@@ -28,20 +28,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:llm2_fast. this lora verifier:UserWarning"),
 ]
 
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [3], [20, 21, 22, 4]]  # ragged; the first is longer than the sliding windows
+PROMPTS = tiny.PROMPTS
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 OPTIONS = {
     "greedy": {},
     "sampled": {"temperature": 1.0, "n": 3},
-    "processors": {
-        "temperature": 0.8,
-        "top_k": 6,
-        "top_p": 0.9,
-        "min_p": 0.05,
-        "repetition_penalty": 1.2,
-        "seed": 2**64 - 5,
-        "max_candidates": 3,
-    },
+    "processors": tiny.PROCESSORS,
 }
 
 

@@ -16,20 +16,12 @@ from verifiers import KINDS, case
 load = partial(llm2_fast.load, backend="reference")
 generate = partial(llm2_fast.generate, backend="reference")
 
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [3], [20, 21, 22, 4]]  # ragged; the first is longer than the sliding windows
+PROMPTS = tiny.PROMPTS
 OPTIONS = {
     "greedy": {},
     "sampled": {"temperature": 1.0, "n": 2},
     "top-k candidates": {"alpha": 0.0, "candidate_top_k": 4, "beta": 1.0},
-    "processors": {
-        "temperature": 0.8,
-        "top_k": 6,
-        "top_p": 0.9,
-        "min_p": 0.05,
-        "repetition_penalty": 1.2,
-        "seed": 2**64 - 5,
-        "max_candidates": 3,
-    },
+    "processors": tiny.PROCESSORS,
 }
 
 

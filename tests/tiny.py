@@ -34,6 +34,18 @@ _SHAPE = {
 _LOGIT_STD = 4.0
 _WINDOW = 5  # shorter than the prompts of the tests
 
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [3], [20, 21, 22, 4]]  # ragged; the first is longer than the sliding windows
+# Every processor at once, a seed beyond 63 bits, and steps cut by the bound on candidates.
+PROCESSORS = {
+    "temperature": 0.8,
+    "top_k": 6,
+    "top_p": 0.9,
+    "min_p": 0.05,
+    "repetition_penalty": 1.2,
+    "seed": 2**64 - 5,
+    "max_candidates": 3,
+}
+
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2")
 _MIXED = ("sliding_attention", "full_attention", "sliding_attention")
 
