@@ -249,9 +249,10 @@ class BoundDecoder {
       : embedding_(std::move(embedding)), decoder_(std::move(weights), isa) {}
 
   void forward(const CacheTensors& cache, const Tokens& token_ids, const Tokens& slots, const Tokens& positions,
-               const Flags& stored, const ScoreHead* head, py::handle scores, int num_threads) {
+               const Flags& stored, bool adapted, const ScoreHead* head, py::handle scores, int num_threads) {
     require_at_least("num_threads", num_threads, 1);
-    const DecoderRows rows = checked_rows(cache, token_ids, slots, positions, stored);
+    DecoderRows rows = checked_rows(cache, token_ids, slots, positions, stored);
+    rows.first_adapted = adapted ? 0 : rows.count;
     std::unique_ptr<VectorArgument> score_out;
     if (head != nullptr) {
       check_head(*head);
@@ -297,7 +298,8 @@ class BoundDecoder {
   }
 
   void joint_step(const CacheTensors& cache, const StepTensors& tensors, const Tokens& slots, const Tokens& lengths,
-                  const ScoreHead& head, py::handle seen, int num_threads) {
+                  const ScoreHead& head, const CacheTensors* adapted_cache, const Tokens& adapted_slots,
+                  py::handle seen, int num_threads) {
     const OptionalMatrixArgument seen_rows = seen_argument(tensors, seen);
     StepBatch step = checked_step(cache, tensors, slots, lengths, seen_rows.data<uint8_t>(), num_threads);
     require_equal("pick_width", tensors.pick_width(), tensors.max_candidates());
@@ -305,9 +307,19 @@ class BoundDecoder {
     if (!tensors.has_scores()) throw argument_error("scores", "a tensor", "none");
     check_head(head);
     for (size_t i = 0; i < slots.size(); ++i) cache.check_blocks(slots[i], int64_t{lengths[i]} + 1);
+    std::unique_ptr<AdaptedBranches> adapted;
+    if (adapted_cache != nullptr) {
+      adapted_cache->check(decoder_.weights());
+      require_equal("size of adapted_slots", static_cast<int64_t>(adapted_slots.size()), tensors.batch());
+      for (size_t i = 0; i < slots.size(); ++i) {
+        adapted_cache->check_slot(adapted_slots[i]);
+        adapted_cache->check_blocks(adapted_slots[i], int64_t{lengths[i]} + 1);
+      }
+      adapted.reset(new AdaptedBranches{adapted_cache->view(), adapted_slots.data()});
+    }
     const py::gil_scoped_release release;
     const std::lock_guard<std::mutex> turn(mutex_);
-    llm2_fast::joint_step(decoder_, cache.view(), head, step, num_threads);
+    llm2_fast::joint_step(decoder_, cache.view(), head, adapted.get(), step, num_threads);
     rows_ = 0;
   }
 
@@ -484,14 +496,14 @@ void bind_decoder(py::module_& module) {
   py::class_<BoundDecoder>(module, "Decoder", "A decoder of the Llama family; see llm2_fast.backends.cpu for its use.")
       .def(py::init(&make_decoder), arg("spec"), arg("layers"), arg("final_norm"), arg("embedding"), arg("lm_head"))
       .def("forward", &BoundDecoder::forward, arg("cache"), arg("token_ids"), arg("slots"), arg("positions"),
-           arg("stored"), arg("head"), arg("scores"), arg("num_threads"))
+           arg("stored"), arg("adapted"), arg("head"), arg("scores"), arg("num_threads"))
       .def("keep_row", &BoundDecoder::keep_row, arg("cache"), arg("row"))
       .def("propose", &BoundDecoder::propose, arg("cache"), arg("tensors"), arg("slots"), arg("token_ids"),
            arg("token_slots"), arg("positions"), arg("vocab_size"), arg("num_threads"))
       .def("plain_step", &BoundDecoder::plain_step, arg("cache"), arg("tensors"), arg("slots"), arg("token_ids"),
            arg("token_slots"), arg("positions"), arg("seen"), arg("num_threads"))
       .def("joint_step", &BoundDecoder::joint_step, arg("cache"), arg("tensors"), arg("slots"), arg("lengths"),
-           arg("head"), arg("seen"), arg("num_threads"));
+           arg("head"), arg("adapted_cache"), arg("adapted_slots"), arg("seen"), arg("num_threads"));
 }
 
 }  // namespace llm2_fast

@@ -201,14 +201,6 @@ static bool adjust(const AdjustAndPickArgs& args, int64_t row, int64_t count, co
   return scored;
 }
 
-static bool is_eos(const AdjustAndPickArgs& args, int64_t row, int32_t token) {
-  const int32_t* eos = args.eos_token_ids + row * args.eos_token_ids_row_stride;
-  for (int64_t i = 0; i < args.num_eos; ++i) {
-    if (eos[i] == token) return true;
-  }
-  return false;
-}
-
 static void pick_row(const AdjustAndPickArgs& args, int64_t row, void* workspace) {
   const int64_t capacity = args.max_candidates;
   const int32_t given = args.count[row];

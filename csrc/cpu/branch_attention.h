@@ -2,22 +2,23 @@
 //
 // Positions are taken in chunks of kChunk that begin at multiples of kChunk, then the own key as a chunk of its own. In
 // a chunk a position has a fixed lane, a dot product is one chain over head_dim, and the weighted values are one chain
-// over the positions. So the order of every sum depends on absolute positions only, and a row's result is bitwise the
-// same whatever rows it is computed with.
+// over the positions. The chunks of each kAttentionPart positions have a softmax state of their own, and the states are
+// merged in order, so that threads can share a long prefix. So the order of every sum depends on absolute positions
+// only, and a row's result is bitwise the same whatever rows and threads it is computed with.
 //
 // A chunk's keys are widened and transposed once, for all query heads of all rows of a sequence that see it.
 #pragma once
 
 #include <cstdint>
 
-#include "llm2_fast/ops.h"
+#include "kernels.h"
 #include "vector_math.h"
 
 namespace llm2_fast {
 namespace LLM2_FAST_TIER {
 
 constexpr int64_t kChunk = 64;
-constexpr int64_t kTileRows = 16;
+static_assert(kAttentionPart % kChunk == 0, "a part consists of whole chunks");
 constexpr int kBlockVecs = 4;  // vectors per head that are accumulated in registers
 
 static int64_t padded_head_dim(const BranchAttentionArgs& args) {
@@ -30,8 +31,15 @@ struct Span {
   int64_t end;
 };
 
-// Consecutive rows of one sequence with one key/value head: their queries, and softmax state per query head. Query
-// heads are numbered row by row.
+// Softmax state per query head of a tile.
+struct AttentionState {
+  float* accumulated;  // [kAttentionTileRows * group, padded head_dim], weighted values relative to `max`
+  float* max;          // [kAttentionTileRows * group]
+  float* sum;          // [kAttentionTileRows * group], of weights relative to `max`
+};
+
+// Consecutive rows of one sequence with one key/value head: their queries and the chunk they attend to. Query heads are
+// numbered row by row.
 template <typename T>
 struct AttentionTile {
   const BranchAttentionArgs& args;
@@ -40,25 +48,34 @@ struct AttentionTile {
   int64_t kv_head;
   int64_t group;  // query heads per key/value head
 
-  float* queries;           // [kTileRows * group, head_dim]
-  float* accumulated;       // [kTileRows * group, padded head_dim], weighted values relative to `max`
-  float* max;               // [kTileRows * group]
-  float* sum;               // [kTileRows * group], of weights relative to `max`
+  float* queries;           // [kAttentionTileRows * group, head_dim]
+  AttentionState total;     // of the parts merged so far
+  AttentionState part;      // of the current part
   float* keys;              // [head_dim, kChunk], of the current chunk
   float* weights;           // [kHeadsAtOnce, kChunk]
   const T* values[kChunk];  // of the current chunk
 };
 
+static int64_t attention_state_size(const BranchAttentionArgs& args) {
+  return kAttentionTileRows * (args.num_heads / args.num_kv_heads) * (padded_head_dim(args) + 2);
+}
+
 static int64_t branch_attention_workspace(const BranchAttentionArgs& args) {
-  const int64_t queries = kTileRows * (args.num_heads / args.num_kv_heads);
-  const int64_t per_query = args.head_dim + padded_head_dim(args) + 2;
-  const int64_t floats = queries * per_query + (args.head_dim + kHeadsAtOnce) * kChunk;
+  const int64_t queries = kAttentionTileRows * (args.num_heads / args.num_kv_heads);
+  const int64_t floats =
+      queries * args.head_dim + 2 * attention_state_size(args) + (args.head_dim + kHeadsAtOnce) * kChunk;
   return floats * static_cast<int64_t>(sizeof(float));
+}
+
+static AttentionState state_in(const BranchAttentionArgs& args, float* floats) {
+  const int64_t queries = kAttentionTileRows * (args.num_heads / args.num_kv_heads);
+  float* max = floats + queries * padded_head_dim(args);
+  return {floats, max, max + queries};
 }
 
 template <typename T>
 static AttentionTile<T> make_tile(const BranchAttentionArgs& args, void* workspace) {
-  const int64_t group = args.num_heads / args.num_kv_heads, queries = kTileRows * group;
+  const int64_t group = args.num_heads / args.num_kv_heads;
   float* floats = static_cast<float*>(workspace);
   const auto take = [&](int64_t count) {
     float* taken = floats;
@@ -70,10 +87,9 @@ static AttentionTile<T> make_tile(const BranchAttentionArgs& args, void* workspa
           {0, 0},
           0,
           group,
-          take(queries * args.head_dim),
-          take(queries * padded_head_dim(args)),
-          take(queries),
-          take(queries),
+          take(kAttentionTileRows * group * args.head_dim),
+          state_in(args, take(attention_state_size(args))),
+          state_in(args, take(attention_state_size(args))),
           take(args.head_dim * kChunk),
           take(kHeadsAtOnce * kChunk),
           {}};
@@ -169,9 +185,9 @@ static void add_values(const T* const* values, Span span, int64_t d, int64_t wid
   }
 }
 
-// kHeads query heads from `query` on attend to the part `span` of the current chunk.
+// kHeads query heads from `query` on attend to `span` of the current chunk.
 template <typename T, int kHeads>
-static void attend_heads(const AttentionTile<T>& tile, int64_t query, Span span) {
+static void attend_heads(const AttentionTile<T>& tile, const AttentionState& state, int64_t query, Span span) {
   const int64_t head_dim = tile.args.head_dim;
   const float* queries = tile.queries + query * head_dim;
   int64_t t = span.begin / kLanes * kLanes;
@@ -184,11 +200,11 @@ static void attend_heads(const AttentionTile<T>& tile, int64_t query, Span span)
 
   float factor[kHeads];
   for (int h = 0; h < kHeads; ++h) {
-    factor[h] = softmax_update(tile.weights + h * kChunk, span, tile.max + query + h, tile.sum + query + h);
+    factor[h] = softmax_update(tile.weights + h * kChunk, span, state.max + query + h, state.sum + query + h);
   }
 
   const int64_t stride = padded_head_dim(tile.args);
-  float* accumulated = tile.accumulated + query * stride;
+  float* accumulated = state.accumulated + query * stride;
   int64_t d = 0;
   for (constexpr int64_t kStep = kBlockVecs * kLanes; d + kStep <= head_dim; d += kStep) {
     add_values<T, kHeads, kBlockVecs>(tile.values, span, d, kStep, tile.weights, factor, accumulated, stride);
@@ -201,26 +217,34 @@ static void attend_heads(const AttentionTile<T>& tile, int64_t query, Span span)
 
 // `heads` query heads from `query` on, as many at once as fit the registers.
 template <typename T, int kHeads = kHeadsAtOnce>
-static void attend(const AttentionTile<T>& tile, int64_t query, int64_t heads, Span span) {
-  for (; heads >= kHeads; heads -= kHeads, query += kHeads) attend_heads<T, kHeads>(tile, query, span);
+static void attend(const AttentionTile<T>& tile, const AttentionState& state, int64_t query, int64_t heads, Span span) {
+  for (; heads >= kHeads; heads -= kHeads, query += kHeads) attend_heads<T, kHeads>(tile, state, query, span);
   if constexpr (kHeads > 1) {
-    if (heads > 0) attend<T, kHeads - 1>(tile, query, heads, span);
+    if (heads > 0) attend<T, kHeads - 1>(tile, state, query, heads, span);
   }
 }
 
 template <typename T>
-static void begin_tile(AttentionTile<T>& tile) {
+static void load_queries(AttentionTile<T>& tile) {
   const BranchAttentionArgs& args = tile.args;
   const int64_t heads = (tile.rows.end - tile.rows.begin) * tile.group;
   for (int64_t i = 0; i < heads; ++i) {
     const T* query = static_cast<const T*>(args.query) + (tile.rows.begin + i / tile.group) * args.query_row_stride +
                      (tile.kv_head * tile.group + i % tile.group) * args.query_head_stride;
     for (int64_t d = 0; d < args.head_dim; ++d) tile.queries[i * args.head_dim + d] = to_float(query[d]);
-    tile.max[i] = -kInfinity;
-    tile.sum[i] = 0.0f;
   }
-  const int64_t size = heads * padded_head_dim(args);
-  for (int64_t i = 0; i < size; ++i) tile.accumulated[i] = 0.0f;
+}
+
+// The state of having seen nothing.
+template <typename T>
+static void clear(const AttentionTile<T>& tile, const AttentionState& state) {
+  const int64_t heads = (tile.rows.end - tile.rows.begin) * tile.group;
+  for (int64_t i = 0; i < heads; ++i) {
+    state.max[i] = -kInfinity;
+    state.sum[i] = 0.0f;
+  }
+  const int64_t size = heads * padded_head_dim(tile.args);
+  for (int64_t i = 0; i < size; ++i) state.accumulated[i] = 0.0f;
 }
 
 // Makes the positions `span` of the chunk that begins at `origin` the current chunk.
@@ -257,17 +281,47 @@ static void load_own_chunk(AttentionTile<T>& tile, int64_t row) {
   transpose_keys(&key, {0, 1}, args.head_dim, tile.keys);
 }
 
+// The positions that a row sees in the part that begins at `origin`, relative to it.
+static Span visible_within(const BranchAttentionArgs& args, int64_t row, int64_t origin, int64_t size) {
+  const int64_t begin = first_visible(args, row) - origin, end = args.row_prefix_length[row] - origin;
+  return {begin > 0 ? begin : 0, end < size ? end : size};
+}
+
+// Rows attend to what they see of a part of the prefix.
 template <typename T>
-static void attend_prefix(AttentionTile<T>& tile) {
+static void attend_prefix_part(AttentionTile<T>& tile, int64_t part, const AttentionState& state) {
   const BranchAttentionArgs& args = tile.args;
-  for (int64_t origin = tile.visible.begin / kChunk * kChunk; origin < tile.visible.end; origin += kChunk) {
-    const auto within = [&](int64_t begin, int64_t end) {
-      return Span{begin > origin ? begin - origin : 0, end < origin + kChunk ? end - origin : kChunk};
-    };
-    load_prefix_chunk(tile, origin, within(tile.visible.begin, tile.visible.end));
+  const int64_t part_begin = part * kAttentionPart, part_end = part_begin + kAttentionPart;
+  const int64_t begin = tile.visible.begin > part_begin ? tile.visible.begin : part_begin;
+  const int64_t end = tile.visible.end < part_end ? tile.visible.end : part_end;
+  for (int64_t origin = begin / kChunk * kChunk; origin < end; origin += kChunk) {
+    load_prefix_chunk(tile, origin,
+                      {begin > origin ? begin - origin : 0, end < origin + kChunk ? end - origin : kChunk});
     for (int64_t row = tile.rows.begin; row < tile.rows.end; ++row) {
-      const Span visible = within(first_visible(args, row), args.row_prefix_length[row]);
-      if (visible.begin < visible.end) attend(tile, (row - tile.rows.begin) * tile.group, tile.group, visible);
+      const Span visible = visible_within(args, row, origin, kChunk);
+      if (visible.begin < visible.end) attend(tile, state, (row - tile.rows.begin) * tile.group, tile.group, visible);
+    }
+  }
+}
+
+// Adds a part's state to the total, for the rows that see something of the part.
+template <typename T>
+static void merge_part(const AttentionTile<T>& tile, int64_t part, const AttentionState& state) {
+  const int64_t stride = padded_head_dim(tile.args);
+  for (int64_t row = tile.rows.begin; row < tile.rows.end; ++row) {
+    const Span visible = visible_within(tile.args, row, part * kAttentionPart, kAttentionPart);
+    if (visible.begin >= visible.end) continue;
+    for (int64_t i = (row - tile.rows.begin) * tile.group; i < (row - tile.rows.begin + 1) * tile.group; ++i) {
+      const float max = state.max[i] > tile.total.max[i] ? state.max[i] : tile.total.max[i];
+      const float base = max == -kInfinity ? 0.0f : max;
+      const float before = exp_nonpositive(tile.total.max[i] - base), factor = exp_nonpositive(state.max[i] - base);
+      float* total = tile.total.accumulated + i * stride;
+      for (int64_t d = 0; d < stride; d += kLanes) {
+        const Vec added = mul(load(state.accumulated + i * stride + d), set1(factor));
+        store(total + d, fma(load(total + d), set1(before), added));
+      }
+      tile.total.sum[i] = tile.total.sum[i] * before + state.sum[i] * factor;
+      tile.total.max[i] = max;
     }
   }
 }
@@ -277,7 +331,7 @@ static void attend_own(AttentionTile<T>& tile) {
   for (int64_t row = tile.rows.begin; row < tile.rows.end; ++row) {
     if (!tile.args.row_has_own[row]) continue;
     load_own_chunk(tile, row);
-    attend(tile, (row - tile.rows.begin) * tile.group, tile.group, {0, 1});
+    attend(tile, tile.total, (row - tile.rows.begin) * tile.group, tile.group, {0, 1});
   }
 }
 
@@ -288,11 +342,11 @@ static void write_output(const AttentionTile<T>& tile) {
     const bool sees_nothing = !args.row_has_own[row] && first_visible(args, row) >= args.row_prefix_length[row];
     for (int64_t head = 0; head < tile.group; ++head) {
       const int64_t i = (row - tile.rows.begin) * tile.group + head;
-      const float* accumulated = tile.accumulated + i * padded_head_dim(args);
+      const float* accumulated = tile.total.accumulated + i * padded_head_dim(args);
       T* output =
           static_cast<T*>(args.output) + (row * args.num_heads + tile.kv_head * tile.group + head) * args.head_dim;
       for (int64_t d = 0; d < args.head_dim; ++d) {
-        from_float(sees_nothing ? 0.0f : accumulated[d] / tile.sum[i], output + d);
+        from_float(sees_nothing ? 0.0f : accumulated[d] / tile.total.sum[i], output + d);
       }
     }
   }
@@ -305,7 +359,7 @@ static void choose_rows(AttentionTile<T>& tile, int64_t begin, int64_t end) {
   const BranchAttentionArgs& args = tile.args;
   tile.rows = {begin, begin + 1};
   tile.visible = {first_visible(args, begin), args.row_prefix_length[begin]};
-  for (int64_t row = begin + 1; row < end && row - begin < kTileRows; ++row) {
+  for (int64_t row = begin + 1; row < end && row - begin < kAttentionTileRows; ++row) {
     const Span visible = {first_visible(args, row), args.row_prefix_length[row]};
     if (args.row_sequence[row] != args.row_sequence[begin]) break;
     if (visible.begin > tile.visible.end || visible.end < tile.visible.begin) break;
@@ -321,8 +375,13 @@ static void attend_rows(const BranchAttentionArgs& args, RowRange rows, RowRange
   for (int64_t begin = rows.begin; begin < rows.end; begin = tile.rows.end) {
     choose_rows(tile, begin, rows.end);
     for (tile.kv_head = kv_heads.begin; tile.kv_head < kv_heads.end; ++tile.kv_head) {
-      begin_tile(tile);
-      attend_prefix(tile);
+      load_queries(tile);
+      clear(tile, tile.total);
+      for (int64_t part = tile.visible.begin / kAttentionPart; part * kAttentionPart < tile.visible.end; ++part) {
+        clear(tile, tile.part);
+        attend_prefix_part(tile, part, tile.part);
+        merge_part(tile, part, tile.part);
+      }
       attend_own(tile);
       write_output(tile);
     }
@@ -332,6 +391,48 @@ static void attend_rows(const BranchAttentionArgs& args, RowRange rows, RowRange
 static void branch_attention(const BranchAttentionArgs& args, RowRange rows, RowRange kv_heads, void* workspace) {
   args.dtype == DType::kFloat32 ? attend_rows<float>(args, rows, kv_heads, workspace)
                                 : attend_rows<BFloat16>(args, rows, kv_heads, workspace);
+}
+
+template <typename T>
+static AttentionTile<T> tile_of(const BranchAttentionArgs& args, RowRange rows, int64_t kv_head, void* workspace) {
+  AttentionTile<T> tile = make_tile<T>(args, workspace);
+  choose_rows(tile, rows.begin, rows.end);
+  tile.kv_head = kv_head;
+  load_queries(tile);
+  return tile;
+}
+
+template <typename T>
+static void attend_part_of(const BranchAttentionArgs& args, RowRange rows, int64_t kv_head, int64_t part, float* floats,
+                           void* workspace) {
+  AttentionTile<T> tile = tile_of<T>(args, rows, kv_head, workspace);
+  const AttentionState state = state_in(args, floats);
+  clear(tile, state);
+  attend_prefix_part(tile, part, state);
+}
+
+static void attend_part(const BranchAttentionArgs& args, RowRange rows, int64_t kv_head, int64_t part, float* state,
+                        void* workspace) {
+  args.dtype == DType::kFloat32 ? attend_part_of<float>(args, rows, kv_head, part, state, workspace)
+                                : attend_part_of<BFloat16>(args, rows, kv_head, part, state, workspace);
+}
+
+template <typename T>
+static void merge_parts_of(const BranchAttentionArgs& args, RowRange rows, int64_t kv_head, int64_t num_parts,
+                           float* states, void* workspace) {
+  AttentionTile<T> tile = tile_of<T>(args, rows, kv_head, workspace);
+  clear(tile, tile.total);
+  for (int64_t part = 0; part < num_parts; ++part) {
+    merge_part(tile, part, state_in(args, states + part * attention_state_size(args)));
+  }
+  attend_own(tile);
+  write_output(tile);
+}
+
+static void merge_parts(const BranchAttentionArgs& args, RowRange rows, int64_t kv_head, int64_t num_parts,
+                        float* states, void* workspace) {
+  args.dtype == DType::kFloat32 ? merge_parts_of<float>(args, rows, kv_head, num_parts, states, workspace)
+                                : merge_parts_of<BFloat16>(args, rows, kv_head, num_parts, states, workspace);
 }
 
 }  // namespace LLM2_FAST_TIER

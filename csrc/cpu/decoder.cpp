@@ -1,8 +1,10 @@
 #include "llm2_fast/decoder.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "kernels.h"
 #include "llm2_fast/thread_pool.h"
@@ -10,8 +12,10 @@
 namespace llm2_fast {
 namespace {
 
-constexpr int64_t kPhasesPerLayer = 13;  // at most: with updates of all four linear layers and a head
-constexpr int64_t kAttentionRows = 16;   // of one slot, attended to together
+constexpr int64_t kPhasesPerLayer = 13;  // at most: many rows, updates of all four linear layers, a head
+// So few rows every worker normalizes for itself: that takes less time than one more phase.
+constexpr int64_t kFewRows = 8;
+constexpr int64_t kItemsPerWorker = 4;  // fewer are divided further
 
 int64_t round_up_to_even(int64_t value) {
   return value + value % 2;
@@ -26,6 +30,14 @@ float* floats(const AlignedBuffer& buffer, int64_t index = 0) {
 }
 
 }  // namespace
+
+// A part of the prefix that a tile attends to.
+struct AttentionPart {
+  int64_t tile;
+  int64_t part;
+  int64_t num_parts;    // of the tile
+  int64_t first_state;  // of the tile's, in units of one key/value head's states
+};
 
 // Buffers of a pass over up to `capacity` rows. Padding is zero from the start and never written.
 struct Decoder::Workspace {
@@ -42,15 +54,24 @@ struct Decoder::Workspace {
   AlignedBuffer features;        // float32 [rows, features_stride]: what the score head reads, then its hidden layer
   std::vector<uint8_t> has_own;  // [rows], all true
   std::vector<AlignedBuffer> scratch;     // per thread
-  std::vector<RowRange> tiles;            // rows of one slot each
-  std::vector<int32_t> slots, positions;  // of the last pass
+  std::vector<AlignedBuffer> few_normed;  // per thread, [kFewRows, hidden_size]
+  std::vector<RowRange> tiles;            // rows of one slot and one cache each
+  std::vector<AttentionPart> parts;       // of all tiles, if threads are to share a tile
+  std::vector<float> part_states;
+  std::unique_ptr<std::atomic<int64_t>[]> finished_parts;  // [tiles, num_kv_heads]
+  std::vector<int32_t> slots, positions;                   // of the last pass
   std::vector<uint8_t> stored;
-  int64_t logits_capacity = 0;
-  AlignedBuffer logits;  // float32 [rows, vocab_size]
-  AlignedBuffer last;    // [rows, hidden_size]
+  int64_t selection_capacity = 0;
+  AlignedBuffer last;                  // [rows, hidden_size]
+  AlignedBuffer panel_max, panel_sum;  // float32 [rows, panels of lm_head]
+  std::vector<LogitRanking> rankings;  // [threads, rows]
+  std::vector<float> ranked_logits;    // [threads, rows, capacity of a ranking]
+  std::vector<int32_t> ranked_ids;
 
   void reserve(const DecoderWeights& weights, int64_t rows, int64_t head_features);
-  void reserve_scratch(int num_threads, int64_t bytes);
+  void reserve_threads(const DecoderWeights& weights, int num_threads, int64_t scratch_bytes);
+  void reserve_selection(const DecoderWeights& weights, int64_t rows);
+  void clear_rankings(int num_threads, int64_t rows, int64_t capacity);
 };
 
 void Decoder::Workspace::reserve(const DecoderWeights& weights, int64_t rows, int64_t head_features) {
@@ -82,10 +103,32 @@ void Decoder::Workspace::reserve(const DecoderWeights& weights, int64_t rows, in
   capacity = rows;
 }
 
-void Decoder::Workspace::reserve_scratch(int num_threads, int64_t bytes) {
-  scratch.resize(static_cast<size_t>(num_threads));
-  for (AlignedBuffer& buffer : scratch) {
-    if (buffer.data() == nullptr) buffer = AlignedBuffer(bytes);
+void Decoder::Workspace::reserve_threads(const DecoderWeights& weights, int num_threads, int64_t scratch_bytes) {
+  const int64_t normed_bytes = kFewRows * weights.spec.hidden_size * size_of(weights.spec.dtype);
+  while (static_cast<int>(scratch.size()) < num_threads) {
+    scratch.emplace_back(scratch_bytes);
+    few_normed.emplace_back(normed_bytes);
+  }
+}
+
+void Decoder::Workspace::reserve_selection(const DecoderWeights& weights, int64_t rows) {
+  if (rows <= selection_capacity) return;
+  last = AlignedBuffer(rows * weights.spec.hidden_size * size_of(weights.spec.dtype));
+  panel_max = AlignedBuffer(rows * weights.lm_head->num_panels() * 4);
+  panel_sum = AlignedBuffer(rows * weights.lm_head->num_panels() * 4);
+  selection_capacity = rows;
+}
+
+void Decoder::Workspace::clear_rankings(int num_threads, int64_t rows, int64_t capacity) {
+  const size_t count = static_cast<size_t>(num_threads * rows), size = static_cast<size_t>(capacity);
+  if (ranked_ids.size() < count * size) {
+    ranked_logits.resize(count * size);
+    ranked_ids.resize(count * size);
+  }
+  rankings.clear();
+  for (size_t i = 0; i < count; ++i) {
+    rankings.push_back(
+        {ranked_logits.data() + i * size, ranked_ids.data() + i * size, 0, -std::numeric_limits<float>::infinity()});
   }
 }
 
@@ -104,26 +147,33 @@ class Decoder::Pass {
         element_(size_of(spec_.dtype)) {}
 
   int64_t scratch_bytes() const {
-    return std::max(table_.branch_attention_workspace(attention_args(0)), spec_.head_dim * int64_t{4});
+    return std::max(table_.branch_attention_workspace(attention_args(0, 0)), spec_.head_dim * int64_t{4});
   }
 
-  void plan();
+  void plan(int num_threads);
   void run(Worker& worker) const;
 
  private:
+  class Normed;
+
+  void divide_tiles();
   void embed(int64_t row) const;
   void run_layer(int64_t index, Worker& worker) const;
   template <typename Work>
   void each_row(Worker& worker, const Work& work) const;
-  void normalize(const std::vector<float>& weight, int64_t row) const;
-  void apply(const AdaptedLinear& linear, const AlignedBuffer& input, int64_t input_stride, Epilogue epilogue,
-             void* output, int64_t output_stride, Worker& worker) const;
-  void rope_and_store(int64_t index, Worker& worker) const;
+  void normalize(const std::vector<float>& weight, int64_t row, const AlignedBuffer& output) const;
+  template <typename Input>
+  void apply(const AdaptedLinear& linear, Input&& input, int64_t input_stride, Epilogue epilogue, void* output,
+             int64_t output_stride, Worker& worker) const;
+  void rope_and_store(int64_t index, RowRange rows, RowRange kv_heads, Worker& worker) const;
   void attend(int64_t index, Worker& worker) const;
+  void attend_in_parts(int64_t index, Worker& worker) const;
+  bool head_reads(int64_t layer) const;
   void capture(int64_t layer, int64_t row) const;
   void capture_final(int64_t row) const;
   void score(int64_t row) const;
-  BranchAttentionArgs attention_args(int64_t index) const;
+  const PagedCache& cache_of(int64_t row) const;
+  BranchAttentionArgs attention_args(int64_t index, int64_t row) const;
 
   const DecoderWeights& weights_;
   const DecoderSpec& spec_;
@@ -134,37 +184,100 @@ class Decoder::Pass {
   const ScoreHead* head_;
   float* scores_;
   int64_t element_;
+  bool one_tile_per_slot_ = false;  // then no row attends to what another tile stores
 };
 
-// Copies one position of keys or values [num_kv_heads, head_dim] to a slot of the cache.
+// What a linear layer reads: the residual after its norm.
+class Decoder::Pass::Normed {
+ public:
+  Normed(const Pass& pass, const std::vector<float>& weight, Worker& worker) : pass_(pass), weight_(weight) {
+    if (pass.rows_.count <= kFewRows) {
+      own_ = &pass.work_.few_normed[static_cast<size_t>(worker.index())];
+      return;
+    }
+    pass.each_row(worker, [&](int64_t row) { pass.normalize(weight, row, pass.work_.normed); });
+    data_ = pass.work_.normed.data();
+  }
+
+  // Called only by a worker with a share of the layer: the residual does not change before that is done.
+  const void* operator()() {
+    if (data_ == nullptr) {
+      for (int64_t row = 0; row < pass_.rows_.count; ++row) pass_.normalize(weight_, row, *own_);
+      data_ = own_->data();
+    }
+    return data_;
+  }
+
+ private:
+  const Pass& pass_;
+  const std::vector<float>& weight_;
+  const AlignedBuffer* own_ = nullptr;
+  const void* data_ = nullptr;
+};
+
+// Copies one position of keys or values [num_kv_heads, head_dim], those of `kv_heads`, to a slot of the cache.
 static void store_position(const PagedCache& cache, const DecoderSpec& spec, int64_t layer, int64_t slot,
-                           int64_t position, const void* row, void* storage) {
+                           int64_t position, RowRange kv_heads, const void* row, void* storage) {
   const int64_t size = spec.head_dim * size_of(spec.dtype);
   const int64_t block = cache.block_table[slot * cache.block_table_row_stride + position / cache.block_size];
   const int64_t first = (layer * cache.num_blocks + block) * spec.num_kv_heads;
-  for (int64_t head = 0; head < spec.num_kv_heads; ++head) {
+  for (int64_t head = kv_heads.begin; head < kv_heads.end; ++head) {
     const int64_t index = (first + head) * cache.block_size + position % cache.block_size;
     std::memcpy(static_cast<char*>(storage) + index * size, static_cast<const char*>(row) + head * size,
                 static_cast<size_t>(size));
   }
 }
 
-void Decoder::Pass::plan() {
+void Decoder::Pass::plan(int num_threads) {
   work_.tiles.clear();
+  one_tile_per_slot_ = true;
   for (int64_t begin = 0; begin < rows_.count;) {
+    const bool adapted = begin >= rows_.first_adapted;
+    const int64_t limit = std::min(begin + kAttentionTileRows, adapted ? rows_.count : rows_.first_adapted);
     int64_t end = begin + 1;
-    while (end < rows_.count && end - begin < kAttentionRows && rows_.slots[end] == rows_.slots[begin]) ++end;
+    while (end < limit && rows_.slots[end] == rows_.slots[begin]) ++end;
+    const bool first_of_cache = begin == 0 || begin == rows_.first_adapted;
+    if (!first_of_cache && rows_.slots[begin - 1] == rows_.slots[begin]) one_tile_per_slot_ = false;
     work_.tiles.push_back({begin, end});
     begin = end;
   }
+  work_.parts.clear();
+  const int64_t items = static_cast<int64_t>(work_.tiles.size()) * spec_.num_kv_heads;
+  if (num_threads > 1 && items < num_threads * kItemsPerWorker) divide_tiles();
+}
+
+// Divides tiles with a long prefix among threads; leaves `parts` empty if there are none.
+void Decoder::Pass::divide_tiles() {
+  int64_t num_states = 0, longest = 0;
+  for (size_t tile = 0; tile < work_.tiles.size(); ++tile) {
+    const RowRange rows = work_.tiles[tile];
+    int64_t length = rows_.positions[rows.begin];
+    for (int64_t row = rows.begin + 1; row < rows.end; ++row) {
+      const int64_t step = int64_t{rows_.positions[row]} - rows_.positions[row - 1];
+      if (step != 0 && step != 1) return work_.parts.clear();  // a tile has to see positions that touch
+      length = rows_.positions[row];
+    }
+    const int64_t num_parts = std::max<int64_t>(1, (length + kAttentionPart - 1) / kAttentionPart);
+    for (int64_t part = 0; part < num_parts; ++part) {
+      work_.parts.push_back({static_cast<int64_t>(tile), part, num_parts, num_states});
+    }
+    num_states += num_parts;
+    longest = std::max(longest, num_parts);
+  }
+  if (longest == 1) return work_.parts.clear();
+  const int64_t states = num_states * spec_.num_kv_heads * table_.attention_state_size(attention_args(0, 0));
+  if (static_cast<int64_t>(work_.part_states.size()) < states) work_.part_states.resize(static_cast<size_t>(states));
+  const size_t counters = work_.tiles.size() * static_cast<size_t>(spec_.num_kv_heads);
+  work_.finished_parts.reset(new std::atomic<int64_t>[counters]());
 }
 
 void Decoder::Pass::run(Worker& worker) const {
   each_row(worker, [&](int64_t row) { embed(row); });
   for (int64_t layer = 0; layer < static_cast<int64_t>(weights_.layers.size()); ++layer) run_layer(layer, worker);
+  const int64_t first_scored = rows_.adapted_cache == nullptr ? 0 : rows_.first_adapted;
   each_row(worker, [&](int64_t row) {
-    normalize(weights_.final_norm, row);
-    if (head_ != nullptr) score(row);
+    normalize(weights_.final_norm, row, work_.normed);
+    if (head_ != nullptr && row >= first_scored) score(row);
   });
 }
 
@@ -193,15 +306,16 @@ void Decoder::Pass::run_layer(int64_t index, Worker& worker) const {
   const DecoderLayer& layer = weights_.layers[static_cast<size_t>(index)];
   const int64_t q_size = spec_.num_heads * spec_.head_dim, kv_size = spec_.num_kv_heads * spec_.head_dim;
   const int64_t hidden = spec_.hidden_size;
-  each_row(worker, [&](int64_t row) { normalize(layer.input_norm, row); });
-  apply(layer.qkv, work_.normed, hidden, Epilogue::kStoreFloat, work_.qkv.data(), q_size + 2 * kv_size, worker);
-  rope_and_store(index, worker);
+  apply(layer.qkv, Normed(*this, layer.input_norm, worker), hidden, Epilogue::kStoreFloat, work_.qkv.data(),
+        q_size + 2 * kv_size, worker);
   attend(index, worker);
-  apply(layer.o, work_.attended, q_size, Epilogue::kAdd, work_.residual.data(), hidden, worker);
-  each_row(worker, [&](int64_t row) { normalize(layer.post_attention_norm, row); });
-  apply(layer.gate_up, work_.normed, hidden, Epilogue::kSiluMul, work_.gated.data(), work_.gated_stride, worker);
-  apply(layer.down, work_.gated, work_.gated_stride, Epilogue::kAdd, work_.residual.data(), hidden, worker);
-  if (head_ != nullptr) each_row(worker, [&](int64_t row) { capture(index, row); });
+  apply(layer.o, [&] { return work_.attended.data(); }, q_size, Epilogue::kAdd, work_.residual.data(), hidden, worker);
+  apply(layer.gate_up, Normed(*this, layer.post_attention_norm, worker), hidden, Epilogue::kSiluMul, work_.gated.data(),
+        work_.gated_stride, worker);
+  apply(
+      layer.down, [&] { return work_.gated.data(); }, work_.gated_stride, Epilogue::kAdd, work_.residual.data(), hidden,
+      worker);
+  if (head_reads(index)) each_row(worker, [&](int64_t row) { capture(index, row); });
 }
 
 template <typename Work>
@@ -211,40 +325,50 @@ void Decoder::Pass::each_row(Worker& worker, const Work& work) const {
   });
 }
 
-void Decoder::Pass::normalize(const std::vector<float>& weight, int64_t row) const {
+void Decoder::Pass::normalize(const std::vector<float>& weight, int64_t row, const AlignedBuffer& output) const {
   const int64_t first = row * spec_.hidden_size;
   table_.rms_norm(spec_.dtype, floats(work_.residual, first), weight.data(), spec_.hidden_size, spec_.rms_norm_eps,
-                  at(work_.normed, first, element_));
+                  at(output, first, element_));
 }
 
-void Decoder::Pass::apply(const AdaptedLinear& linear, const AlignedBuffer& input, int64_t input_stride,
-                          Epilogue epilogue, void* output, int64_t output_stride, Worker& worker) const {
+template <typename Input>
+void Decoder::Pass::apply(const AdaptedLinear& linear, Input&& input, int64_t input_stride, Epilogue epilogue,
+                          void* output, int64_t output_stride, Worker& worker) const {
   LinearArgs args = {};
   args.dtype = spec_.dtype;
-  args.rows = rows_.count;
-  if (linear.lora_a) {
-    args.terms[args.num_terms++] = {linear.lora_a->packed(), linear.lora_a->depth(), input.data(), input_stride};
+  const int64_t first = rows_.first_adapted;
+  const bool updated = linear.lora_a && first < rows_.count;
+  if (updated) {
+    args.rows = rows_.count - first;
     args.out_features = linear.lora_a->out_features();
     args.epilogue = Epilogue::kStore;
-    args.output = work_.lora.data();
+    args.output = at(work_.lora, first * work_.lora_stride, element_);
     args.output_stride = work_.lora_stride;
-    worker.each(linear.lora_a->num_panels(), [&](RowRange panels) { table_.linear(args, panels); });
-    args.num_terms = 0;
+    worker.each(linear.lora_a->num_panels(), [&](RowRange panels) {
+      const char* rows = static_cast<const char*>(input()) + first * input_stride * element_;
+      args.weights = {linear.lora_a->packed(), linear.lora_a->depth(), rows, input_stride};
+      table_.linear(args, panels);
+    });
+    args.update = {linear.lora_b->packed(), linear.lora_b->depth(), work_.lora.data(), work_.lora_stride};
+    args.first_updated = first;
   }
-  args.terms[args.num_terms++] = {linear.weight->packed(), linear.weight->depth(), input.data(), input_stride};
-  if (linear.lora_b) {
-    args.terms[args.num_terms++] = {linear.lora_b->packed(), linear.lora_b->depth(), work_.lora.data(),
-                                    work_.lora_stride};
-  }
+  args.rows = rows_.count;
   args.out_features = linear.weight->out_features() / (epilogue == Epilogue::kSiluMul ? 2 : 1);
   args.bias = linear.weight->bias();
   args.epilogue = epilogue;
   args.output = output;
   args.output_stride = output_stride;
-  worker.each(linear.weight->num_panels(), [&](RowRange panels) { table_.linear(args, panels); });
+  worker.each(linear.weight->num_panels(), [&](RowRange panels) {
+    args.weights = {linear.weight->packed(), linear.weight->depth(), input(), input_stride};
+    table_.linear(args, panels);
+  });
 }
 
-void Decoder::Pass::rope_and_store(int64_t index, Worker& worker) const {
+const PagedCache& Decoder::Pass::cache_of(int64_t row) const {
+  return row >= rows_.first_adapted && rows_.adapted_cache != nullptr ? *rows_.adapted_cache : cache_;
+}
+
+void Decoder::Pass::rope_and_store(int64_t index, RowRange rows, RowRange kv_heads, Worker& worker) const {
   const DecoderLayer& layer = weights_.layers[static_cast<size_t>(index)];
   const int64_t kv_size = spec_.num_kv_heads * spec_.head_dim, first = index * work_.capacity * kv_size;
   char *own_key = at(work_.own_key, first, element_), *own_value = at(work_.own_value, first, element_);
@@ -262,34 +386,36 @@ void Decoder::Pass::rope_and_store(int64_t index, Worker& worker) const {
   args.own_key = own_key;
   args.own_value = own_value;
   args.scratch = floats(work_.scratch[static_cast<size_t>(worker.index())]);
-  each_row(worker, [&](int64_t row) {
-    table_.rope(args, {row, row + 1});
-    if (!rows_.stored[row]) return;
+  table_.rope(args, rows, kv_heads);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    if (!rows_.stored[row]) continue;
+    const PagedCache& cache = cache_of(row);
     const int64_t slot = rows_.slots[row], position = rows_.positions[row], offset = row * kv_size * element_;
-    store_position(cache_, spec_, index, slot, position, own_key + offset, cache_.keys);
-    store_position(cache_, spec_, index, slot, position, own_value + offset, cache_.values);
-  });
+    store_position(cache, spec_, index, slot, position, kv_heads, own_key + offset, cache.keys);
+    store_position(cache, spec_, index, slot, position, kv_heads, own_value + offset, cache.values);
+  }
 }
 
-BranchAttentionArgs Decoder::Pass::attention_args(int64_t index) const {
+BranchAttentionArgs Decoder::Pass::attention_args(int64_t index, int64_t row) const {
+  const PagedCache& cache = cache_of(row);
   const int64_t dim = spec_.head_dim, kv_size = spec_.num_kv_heads * dim;
-  const int64_t layer_size = cache_.num_blocks * cache_.block_size * kv_size * element_;
+  const int64_t layer_size = cache.num_blocks * cache.block_size * kv_size * element_;
   BranchAttentionArgs args = {};
   args.num_heads = spec_.num_heads;
   args.num_kv_heads = spec_.num_kv_heads;
   args.head_dim = dim;
-  args.block_size = cache_.block_size;
+  args.block_size = cache.block_size;
   args.dtype = spec_.dtype;
   args.query = work_.query.data();
   args.query_row_stride = spec_.num_heads * dim;
   args.query_head_stride = dim;
-  args.key_cache = static_cast<const char*>(cache_.keys) + index * layer_size;
-  args.value_cache = static_cast<const char*>(cache_.values) + index * layer_size;
-  args.key_block_stride = args.value_block_stride = cache_.block_size * kv_size;
-  args.key_head_stride = args.value_head_stride = cache_.block_size * dim;
+  args.key_cache = static_cast<const char*>(cache.keys) + index * layer_size;
+  args.value_cache = static_cast<const char*>(cache.values) + index * layer_size;
+  args.key_block_stride = args.value_block_stride = cache.block_size * kv_size;
+  args.key_head_stride = args.value_head_stride = cache.block_size * dim;
   args.key_position_stride = args.value_position_stride = dim;
-  args.block_table = cache_.block_table;
-  args.block_table_row_stride = cache_.block_table_row_stride;
+  args.block_table = cache.block_table;
+  args.block_table_row_stride = cache.block_table_row_stride;
   args.row_sequence = rows_.slots;
   args.row_prefix_length = rows_.positions;
   args.row_has_own = work_.has_own.data();
@@ -303,19 +429,51 @@ BranchAttentionArgs Decoder::Pass::attention_args(int64_t index) const {
   return args;
 }
 
+// Rotary positions, cache writes and attention.
 void Decoder::Pass::attend(int64_t index, Worker& worker) const {
-  const BranchAttentionArgs args = attention_args(index);
+  // With a window of one position rows see nothing that touches.
+  const bool in_parts = !work_.parts.empty() && weights_.layers[static_cast<size_t>(index)].sliding_window != 1;
+  const bool at_once = one_tile_per_slot_ && !in_parts;
+  if (!at_once) {
+    worker.each(rows_.count, [&](RowRange rows) { rope_and_store(index, rows, {0, spec_.num_kv_heads}, worker); });
+  }
+  if (in_parts) return attend_in_parts(index, worker);
   void* scratch = work_.scratch[static_cast<size_t>(worker.index())].data();
   worker.each(static_cast<int64_t>(work_.tiles.size()) * spec_.num_kv_heads, [&](RowRange items) {
     for (int64_t item = items.begin; item < items.end; ++item) {
       const int64_t kv_head = item % spec_.num_kv_heads;
       const RowRange tile = work_.tiles[static_cast<size_t>(item / spec_.num_kv_heads)];
-      table_.branch_attention(args, tile, {kv_head, kv_head + 1}, scratch);
+      if (at_once) rope_and_store(index, tile, {kv_head, kv_head + 1}, worker);
+      table_.branch_attention(attention_args(index, tile.begin), tile, {kv_head, kv_head + 1}, scratch);
     }
   });
 }
 
-// Keeps the hidden state of an inner layer if the head reads it.
+// Whoever finishes the last part of a tile's head merges them, always in the same order.
+void Decoder::Pass::attend_in_parts(int64_t index, Worker& worker) const {
+  void* scratch = work_.scratch[static_cast<size_t>(worker.index())].data();
+  const int64_t heads = spec_.num_kv_heads, state_size = table_.attention_state_size(attention_args(index, 0));
+  worker.each(static_cast<int64_t>(work_.parts.size()) * heads, [&](RowRange items) {
+    for (int64_t item = items.begin; item < items.end; ++item) {
+      const AttentionPart& part = work_.parts[static_cast<size_t>(item / heads)];
+      const int64_t kv_head = item % heads;
+      const RowRange tile = work_.tiles[static_cast<size_t>(part.tile)];
+      const BranchAttentionArgs args = attention_args(index, tile.begin);
+      float* states = work_.part_states.data() + (part.first_state * heads + kv_head * part.num_parts) * state_size;
+      table_.attend_part(args, tile, kv_head, part.part, states + part.part * state_size, scratch);
+      const int64_t finished = 1 + work_.finished_parts[static_cast<size_t>(part.tile * heads + kv_head)].fetch_add(1);
+      if (finished % part.num_parts == 0) {  // the counters go on from layer to layer
+        table_.merge_parts(args, tile, kv_head, part.num_parts, states, scratch);
+      }
+    }
+  });
+}
+
+bool Decoder::Pass::head_reads(int64_t layer) const {
+  return head_ != nullptr && std::find(head_->layers.begin(), head_->layers.end(), layer) != head_->layers.end();
+}
+
+// Keeps the hidden state of an inner layer that the head reads.
 void Decoder::Pass::capture(int64_t layer, int64_t row) const {
   const int64_t size = spec_.hidden_size;
   for (size_t i = 0; i < head_->layers.size(); ++i) {
@@ -374,8 +532,8 @@ void Decoder::forward(const PagedCache& cache, const DecoderRows& rows, const Sc
   workspace_->positions.assign(rows.positions, rows.positions + rows.count);
   workspace_->stored.assign(rows.stored, rows.stored + rows.count);
   Pass pass(*this, cache, rows, head, scores);
-  workspace_->reserve_scratch(num_threads, pass.scratch_bytes());
-  pass.plan();
+  workspace_->reserve_threads(weights_, num_threads, pass.scratch_bytes());
+  pass.plan(num_threads);
   const int64_t num_phases = 2 + kPhasesPerLayer * static_cast<int64_t>(weights_.layers.size());
   run_parallel(num_threads, num_phases, [&](Worker& worker) { pass.run(worker); });
 }
@@ -390,25 +548,43 @@ void Decoder::keep_row(const PagedCache& cache, int64_t row) const {
   const int64_t kv_bytes = spec().num_kv_heads * spec().head_dim * element;
   for (int64_t layer = 0; layer < static_cast<int64_t>(weights_.layers.size()); ++layer) {
     const int64_t index = layer * workspace_->capacity + row;
-    store_position(cache, spec(), layer, slot, position, at(workspace_->own_key, index, kv_bytes), cache.keys);
-    store_position(cache, spec(), layer, slot, position, at(workspace_->own_value, index, kv_bytes), cache.values);
+    const RowRange heads = {0, spec().num_kv_heads};
+    store_position(cache, spec(), layer, slot, position, heads, at(workspace_->own_key, index, kv_bytes), cache.keys);
+    store_position(cache, spec(), layer, slot, position, heads, at(workspace_->own_value, index, kv_bytes),
+                   cache.values);
   }
 }
 
-const float* Decoder::logits(const PagedCache& cache, const int32_t* slots, int64_t count, int num_threads) {
+void Decoder::select(const PagedCache& cache, const int32_t* slots, int64_t count, const SelectCandidatesArgs& args,
+                     float* const* logits, int num_threads) {
   Workspace& work = *workspace_;
+  const PackedLinear& lm_head = *weights_.lm_head;
   const int64_t hidden_bytes = spec().hidden_size * size_of(spec().dtype);
-  if (count > work.logits_capacity) {
-    work.logits = AlignedBuffer(count * spec().vocab_size * 4);
-    work.last = AlignedBuffer(count * hidden_bytes);
-    work.logits_capacity = count;
-  }
+  const int64_t capacity = std::min(args.max_candidates, args.vocab_size) + 1;
+  work.reserve_selection(weights_, count);
+  work.clear_rankings(num_threads, count, capacity);
   for (int64_t i = 0; i < count; ++i) {
     std::memcpy(at(work.last, i, hidden_bytes), static_cast<const char*>(cache.hidden_states) + slots[i] * hidden_bytes,
                 static_cast<size_t>(hidden_bytes));
   }
-  weights_.lm_head->multiply(work.last.data(), count, floats(work.logits), num_threads);
-  return floats(work.logits);
+  const SelectFold fold = {
+      &args, capacity, work.rankings.data(), floats(work.panel_max), floats(work.panel_sum), lm_head.num_panels(),
+      logits};
+  LinearArgs linear = {};
+  linear.dtype = spec().dtype;
+  linear.weights = {lm_head.packed(), lm_head.depth(), work.last.data(), spec().hidden_size};
+  linear.rows = count;
+  linear.out_features = lm_head.out_features();
+  linear.bias = lm_head.bias();
+  linear.epilogue = Epilogue::kSelect;
+  linear.select = &fold;
+  const KernelTable& table = kernels(isa_);
+  run_parallel(num_threads, 2, [&](Worker& worker) {
+    LinearArgs mine = linear;
+    mine.rankings = fold.rankings + worker.index() * count;
+    worker.each(lm_head.num_panels(), [&](RowRange panels) { table.linear(mine, panels); });
+    worker.each(count, [&](RowRange rows) { table.finish_selection(fold, num_threads, count, rows); });
+  });
 }
 
 }  // namespace llm2_fast

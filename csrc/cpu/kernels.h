@@ -35,21 +35,46 @@ enum class Epilogue {
   kStoreFloat,  // output, float32, = y
   kAdd,         // output, float32, += y
   kSiluMul,     // output, of the dtype, = silu(gate) * up; the strips of a panel are gate and up
+  kSelect,      // y are logits, which `select` takes in
 };
 
+// The first entries in rank of one row of logits, as one thread meets them: at most `capacity` of those it was shown.
+struct LogitRanking {
+  float* logits;  // [capacity]
+  int32_t* ids;   // [capacity]
+  int64_t size;
+  float max;  // of the logits it was shown
+};
+
+// Selection of candidates while the logits are computed, so that nothing needs to write and read all of them.
+struct SelectFold {
+  const SelectCandidatesArgs* args;  // options and outputs; `logits` is not read
+  int64_t capacity;                  // of the rankings: one more than can be chosen, which tells whether more were
+  LogitRanking* rankings;            // [num_threads, rows]
+  float* panel_max;                  // [rows, num_panels]
+  float* panel_sum;                  // [rows, num_panels], of exp(logit - panel_max)
+  int64_t num_panels;
+  float* const* logits;  // [rows], where to write the logits [out_features] of a row, or null
+};
+
+// The product with the packed weights, plus a low-rank update's for the rows from `first_updated` on.
 struct LinearArgs {
   DType dtype;  // of weights and inputs
-  LinearTerm terms[2];
-  int num_terms;
+  LinearTerm weights;
+  LinearTerm update;  // `packed` is null if there is none
+  int64_t first_updated;
   int64_t rows;
   int64_t out_features;  // of the output, half of y's with kSiluMul
   const float* bias;     // [num_panels * width] or null
   Epilogue epilogue;
-  void* output;  // [rows, out_features]
+  void* output;  // [rows, out_features]; not read with kSelect
   int64_t output_stride;
+  const SelectFold* select;  // with kSelect
+  LogitRanking* rankings;    // [rows], of the calling thread, with kSelect
 };
 
-// Queries and keys get their norm, if there is one, and their rotary position; values are converted only.
+// Queries and keys get their norm, if there is one, and their rotary position; values are converted only. Key/value
+// head h comes with the query heads that attend to it.
 struct RopeArgs {
   DType dtype;  // of the outputs
   int64_t num_heads, num_kv_heads, head_dim;
@@ -70,6 +95,14 @@ struct KernelTable {
   void (*select_candidates)(const SelectCandidatesArgs& args, RowRange rows);
   void (*adjust_and_pick)(const AdjustAndPickArgs& args, RowRange rows, void* workspace);
   void (*branch_attention)(const BranchAttentionArgs& args, RowRange rows, RowRange kv_heads, void* workspace);
+  // The same for one tile of rows and one head in parts: first any part of the prefix, each into a state of its own of
+  // `attention_state_size` floats, then all of them together, in order. `rows` are at most kAttentionTileRows of one
+  // sequence whose visible positions touch.
+  void (*attend_part)(const BranchAttentionArgs& args, RowRange rows, int64_t kv_head, int64_t part, float* state,
+                      void* workspace);
+  void (*merge_parts)(const BranchAttentionArgs& args, RowRange rows, int64_t kv_head, int64_t num_parts, float* states,
+                      void* workspace);
+  int64_t (*attention_state_size)(const BranchAttentionArgs& args);
   int64_t (*adjust_and_pick_workspace)(const AdjustAndPickArgs& args);
   int64_t (*branch_attention_workspace)(const BranchAttentionArgs& args);
 
@@ -78,11 +111,16 @@ struct KernelTable {
   // Weights [size] of one output feature, as float32.
   void (*unpack_row)(DType dtype, const void* packed, int64_t row, int64_t depth, int64_t size, float* output);
   void (*linear)(const LinearArgs& args, RowRange panels);
+  // Writes the outputs of a selection whose panels have all been folded.
+  void (*finish_selection)(const SelectFold& select, int num_threads, int64_t rows, RowRange range);
   // output = weight * x / sqrt(mean(x^2) + eps), [size].
   void (*rms_norm)(DType dtype, const float* x, const float* weight, int64_t size, float eps, void* output);
-  void (*rope)(const RopeArgs& args, RowRange rows);
+  void (*rope)(const RopeArgs& args, RowRange rows, RowRange kv_heads);
   float (*dot)(const float* x, const float* y, int64_t size);
 };
+
+constexpr int64_t kAttentionTileRows = 16;
+constexpr int64_t kAttentionPart = 256;  // positions; a part of the prefix begins at a multiple
 
 // The kernels of a tier that can run here.
 const KernelTable& kernels(Isa isa);

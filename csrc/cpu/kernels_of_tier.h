@@ -9,6 +9,7 @@
 #include "layer_ops.h"
 #include "linear.h"
 #include "select_candidates.h"
+#include "select_fold.h"
 
 namespace llm2_fast {
 namespace LLM2_FAST_TIER {
@@ -17,12 +18,16 @@ const KernelTable kKernels = {
     select_candidates,
     adjust_and_pick,
     branch_attention,
+    attend_part,
+    merge_parts,
+    attention_state_size,
     adjust_and_pick_workspace,
     branch_attention_workspace,
     panel_shape,
     pack_panels,
     unpack_row,
     linear,
+    finish_selection,
     rms_norm,
     rope,
     dot,

@@ -55,25 +55,27 @@ static void position_head(const RopeArgs& args, const float* head, const float* 
 }
 
 template <typename T>
-static void rope_row(const RopeArgs& args, int64_t row) {
-  const int64_t dim = args.head_dim;
+static void rope_row(const RopeArgs& args, int64_t row, RowRange kv_heads) {
+  const int64_t dim = args.head_dim, group = args.num_heads / args.num_kv_heads;
   const float* angles = args.angles + row * dim;
-  const float* head = args.qkv + row * (args.num_heads + 2 * args.num_kv_heads) * dim;
+  const float* queries = args.qkv + row * (args.num_heads + 2 * args.num_kv_heads) * dim;
+  const float* keys = queries + args.num_heads * dim;
+  const float* values = keys + args.num_kv_heads * dim;
   T* query = static_cast<T*>(args.query) + row * args.num_heads * dim;
-  for (int64_t h = 0; h < args.num_heads; ++h, head += dim) {
-    position_head(args, head, args.q_norm, angles, query + h * dim);
+  for (int64_t h = kv_heads.begin * group; h < kv_heads.end * group; ++h) {
+    position_head(args, queries + h * dim, args.q_norm, angles, query + h * dim);
   }
   T* key = static_cast<T*>(args.own_key) + row * args.num_kv_heads * dim;
-  for (int64_t h = 0; h < args.num_kv_heads; ++h, head += dim) {
-    position_head(args, head, args.k_norm, angles, key + h * dim);
-  }
   T* value = static_cast<T*>(args.own_value) + row * args.num_kv_heads * dim;
-  for (int64_t i = 0; i < args.num_kv_heads * dim; ++i) from_float(head[i], value + i);
+  for (int64_t h = kv_heads.begin; h < kv_heads.end; ++h) {
+    position_head(args, keys + h * dim, args.k_norm, angles, key + h * dim);
+  }
+  for (int64_t i = kv_heads.begin * dim; i < kv_heads.end * dim; ++i) from_float(values[i], value + i);
 }
 
-static void rope(const RopeArgs& args, RowRange rows) {
+static void rope(const RopeArgs& args, RowRange rows, RowRange kv_heads) {
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    args.dtype == DType::kFloat32 ? rope_row<float>(args, row) : rope_row<BFloat16>(args, row);
+    args.dtype == DType::kFloat32 ? rope_row<float>(args, row, kv_heads) : rope_row<BFloat16>(args, row, kv_heads);
   }
 }
 

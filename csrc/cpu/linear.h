@@ -1,16 +1,17 @@
-// Linear layers over packed weights, y = epilogue(sum over terms of W x, plus bias).
+// Linear layers over packed weights, y = epilogue(W x + B a + bias) with B a the update of some rows.
 //
 // Weights are packed in panels of kStrips * kLanes output features, [depth / kDepth, kStrips, kLanes, kDepth] each: a
 // matrix is one stream of memory. A panel is multiplied with up to kRowsAtOnce rows whose sums stay in registers.
 //
-// Every output is one chain of multiply-adds over the depth. So its bits depend neither on the rows it is computed with
-// nor on the thread, and few rows and many give the same.
+// Every product is one chain of multiply-adds over the depth. So its bits depend neither on the rows it is computed
+// with nor on the thread, and few rows and many give the same.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels.h"
 #include "multiply_add.h"
+#include "select_fold.h"
 #include "vector_math.h"
 
 namespace llm2_fast {
@@ -59,30 +60,26 @@ static void unpack_row(DType dtype, const void* packed, int64_t row, int64_t dep
                            : unpack_row_of<BFloat16>(packed, row, depth, size, output);
 }
 
-// tile[r][i] = sum over the terms of W x for the rows [row, row + kRows) and the output features of a panel.
+// tile[r][i] = W x for the rows [row, row + kRows) and the output features of a panel.
 template <typename T, int kRows>
-static void multiply_panel(const LinearArgs& args, int64_t panel, int64_t row, float* tile) {
+static void multiply_panel(const LinearTerm& term, int64_t panel, int64_t row, float* tile) {
   using Step = MultiplyAdd<T>;
   constexpr int64_t kStepSize = int64_t{kPanelWidth} * Step::kDepth;
   Vec sum[kRows][kStrips];
   for (int r = 0; r < kRows; ++r) {
     for (int s = 0; s < kStrips; ++s) sum[r][s] = set1(0.0f);
   }
-  for (int t = 0; t < args.num_terms; ++t) {
-    const LinearTerm& term = args.terms[t];
-    const T* weights = static_cast<const T*>(term.packed) + panel * kPanelWidth * term.depth;
-    const T* inputs = static_cast<const T*>(term.input) + row * term.input_stride;
-    for (int64_t k = 0; k < term.depth; k += Step::kDepth, weights += kStepSize) {
-      // Past the end a prefetch does nothing.
-      const char* ahead = reinterpret_cast<const char*>(weights) + kPrefetchBytes;
-      for (int64_t line = 0; line < kStepSize * int64_t{sizeof(T)}; line += kCacheLine)
-        __builtin_prefetch(ahead + line);
-      typename Step::Operand strip[kStrips];
-      for (int s = 0; s < kStrips; ++s) strip[s] = Step::weights(weights + s * kLanes * Step::kDepth);
-      for (int r = 0; r < kRows; ++r) {
-        const typename Step::Operand input = Step::inputs(inputs + r * term.input_stride + k);
-        for (int s = 0; s < kStrips; ++s) sum[r][s] = Step::apply(strip[s], input, sum[r][s]);
-      }
+  const T* weights = static_cast<const T*>(term.packed) + panel * kPanelWidth * term.depth;
+  const T* inputs = static_cast<const T*>(term.input) + row * term.input_stride;
+  for (int64_t k = 0; k < term.depth; k += Step::kDepth, weights += kStepSize) {
+    // Past the end a prefetch does nothing.
+    const char* ahead = reinterpret_cast<const char*>(weights) + kPrefetchBytes;
+    for (int64_t line = 0; line < kStepSize * int64_t{sizeof(T)}; line += kCacheLine) __builtin_prefetch(ahead + line);
+    typename Step::Operand strip[kStrips];
+    for (int s = 0; s < kStrips; ++s) strip[s] = Step::weights(weights + s * kLanes * Step::kDepth);
+    for (int r = 0; r < kRows; ++r) {
+      const typename Step::Operand input = Step::inputs(inputs + r * term.input_stride + k);
+      for (int s = 0; s < kStrips; ++s) sum[r][s] = Step::apply(strip[s], input, sum[r][s]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -91,12 +88,23 @@ static void multiply_panel(const LinearArgs& args, int64_t panel, int64_t row, f
 }
 
 template <typename T, int kRows = kRowsAtOnce>
-static void multiply_rows(const LinearArgs& args, int64_t panel, RowRange rows, float* tile) {
+static void multiply_rows(const LinearTerm& term, int64_t panel, RowRange rows, float* tile) {
   if (rows.end - rows.begin == kRows) {
-    multiply_panel<T, kRows>(args, panel, rows.begin, tile);
+    multiply_panel<T, kRows>(term, panel, rows.begin, tile);
   } else if constexpr (kRows > 1) {
-    multiply_rows<T, kRows - 1>(args, panel, rows, tile);
+    multiply_rows<T, kRows - 1>(term, panel, rows, tile);
   }
+}
+
+// Adds the update to the tile of those `rows` that have one.
+template <typename T>
+static void add_update(const LinearArgs& args, int64_t panel, RowRange rows, float* tile) {
+  const RowRange updated = {rows.begin > args.first_updated ? rows.begin : args.first_updated, rows.end};
+  if (args.update.packed == nullptr || updated.begin >= updated.end) return;
+  float update[kRowsAtOnce * kPanelWidth];
+  multiply_rows<T>(args.update, panel, updated, update);
+  tile += (updated.begin - rows.begin) * kPanelWidth;
+  for (int64_t i = 0; i < (updated.end - updated.begin) * kPanelWidth; ++i) tile[i] += update[i];
 }
 
 // output[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)).
@@ -135,6 +143,9 @@ static void finish_row(const LinearArgs& args, int64_t panel, int64_t row, float
     case Epilogue::kSiluMul:
       silu_mul(tile, tile + kLanes, size, stored);
       break;
+    case Epilogue::kSelect:
+      fold_logits(*args.select, panel, row, first, tile, size, &args.rankings[row]);
+      break;
   }
 }
 
@@ -144,7 +155,8 @@ static void linear_of(const LinearArgs& args, RowRange panels) {
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (int64_t row = 0; row < args.rows; row += kRowsAtOnce) {
       const RowRange rows = {row, row + kRowsAtOnce < args.rows ? row + kRowsAtOnce : args.rows};
-      multiply_rows<T>(args, panel, rows, tile);
+      multiply_rows<T>(args.weights, panel, rows, tile);
+      add_update<T>(args, panel, rows, tile);
       for (int64_t r = rows.begin; r < rows.end; ++r) finish_row<T>(args, panel, r, tile + (r - row) * kPanelWidth);
     }
   }

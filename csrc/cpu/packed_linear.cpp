@@ -107,8 +107,7 @@ void PackedLinear::unpack_row(int64_t row, float* output) const {
 void PackedLinear::multiply(const void* input, int64_t rows, float* output, int num_threads) const {
   LinearArgs args = {};
   args.dtype = dtype_;
-  args.terms[0] = {packed_.data(), depth_, input, depth_};
-  args.num_terms = 1;
+  args.weights = {packed_.data(), depth_, input, depth_};
   args.rows = rows;
   args.out_features = out_features_;
   args.bias = bias();

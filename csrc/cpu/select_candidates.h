@@ -31,36 +31,50 @@ static void gather_plausible(const T* logits, int64_t vocab, int64_t block, cons
   }
 }
 
+// The smallest plausible logit beside a maximum.
+static inline float plausible_from(float max, float log_alpha) {
+  const float threshold = max + log_alpha;
+  return threshold > -FLT_MAX ? threshold : -FLT_MAX;  // tokens of probability zero are never candidates
+}
+
+// The number of candidates that `candidate_top_k` allows.
+static inline int64_t candidate_limit(const SelectCandidatesArgs& args, int64_t row) {
+  const int32_t top_k = args.candidate_top_k[row];
+  return top_k > 0 && top_k < args.vocab_size ? top_k : args.vocab_size;
+}
+
+// An empty ranking in the outputs of a row.
+static Ranking row_ranking(const SelectCandidatesArgs& args, int64_t row) {
+  const int64_t limit = candidate_limit(args, row);
+  const int64_t offset = row * args.max_candidates;
+  return {args.candidate_logits + offset, args.ids + offset, limit < args.max_candidates ? limit : args.max_candidates,
+          0, false};
+}
+
+static void finish_row_ranking(const SelectCandidatesArgs& args, int64_t row, const RowStats& stats, Ranking* ranking) {
+  ranking->sort();
+  for (int64_t i = ranking->size; i < args.max_candidates; ++i) {
+    args.ids[row * args.max_candidates + i] = -1;
+    args.candidate_logits[row * args.max_candidates + i] = -kInfinity;
+  }
+  args.count[row] = static_cast<int32_t>(ranking->size);
+  args.logsumexp[row] = stats.usable() ? stats.logsumexp() : __builtin_nanf("");
+  args.cut[row] = ranking->dropped && candidate_limit(args, row) > args.max_candidates;
+}
+
 template <typename T>
 static void select_row(const SelectCandidatesArgs& args, int64_t row) {
   const int64_t vocab = args.vocab_size;
   const T* logits = static_cast<const T*>(args.logits) + row * args.logits_row_stride;
-  int32_t* ids = args.ids + row * args.max_candidates;
-  float* candidate_logits = args.candidate_logits + row * args.max_candidates;
-
   const int64_t blocks_wanted = (vocab + kMaxBlocks - 1) / kMaxBlocks;
   const int64_t block = blocks_wanted > kStatsBlock ? blocks_wanted : kStatsBlock;
   float block_max[kMaxBlocks];
   const RowStats stats = row_stats(logits, vocab, block, block_max);
-
-  const int32_t top_k = args.candidate_top_k[row];
-  const int64_t limit = top_k > 0 && top_k < vocab ? top_k : vocab;
-  const int64_t capacity = limit < args.max_candidates ? limit : args.max_candidates;
-  Ranking ranking = {candidate_logits, ids, capacity, 0, false};
+  Ranking ranking = row_ranking(args, row);
   if (stats.usable()) {
-    float threshold = stats.max + args.log_alpha[row];
-    if (threshold == -kInfinity) threshold = -FLT_MAX;  // tokens of probability zero are never candidates
-    gather_plausible(logits, vocab, block, block_max, threshold, &ranking);
-    ranking.sort();
+    gather_plausible(logits, vocab, block, block_max, plausible_from(stats.max, args.log_alpha[row]), &ranking);
   }
-
-  for (int64_t i = ranking.size; i < args.max_candidates; ++i) {
-    ids[i] = -1;
-    candidate_logits[i] = -kInfinity;
-  }
-  args.count[row] = static_cast<int32_t>(ranking.size);
-  args.logsumexp[row] = stats.usable() ? stats.logsumexp() : __builtin_nanf("");
-  args.cut[row] = ranking.dropped && limit > args.max_candidates;
+  finish_row_ranking(args, row, stats, &ranking);
 }
 
 static void select_candidates(const SelectCandidatesArgs& args, RowRange rows) {

@@ -10,46 +10,65 @@
 namespace llm2_fast {
 namespace {
 
-void pick_parallel(const AdjustAndPickArgs& args, int64_t rows, Isa isa, int num_threads) {
-  const KernelTable& table = kernels(isa);
-  const int64_t bytes = table.adjust_and_pick_workspace(args);
+// Calls work(row, workspace) for the rows of a batch, in parallel. `workspace` is enough for picks with `args`.
+template <typename Work>
+void each_pick(const AdjustAndPickArgs& args, int64_t rows, Isa isa, int num_threads, const Work& work) {
+  const int64_t bytes = kernels(isa).adjust_and_pick_workspace(args);
   std::vector<AlignedBuffer> workspaces;
   for (int i = 0; i < num_threads; ++i) workspaces.emplace_back(bytes);
   run_parallel(num_threads, 1, [&](Worker& worker) {
     void* workspace = workspaces[static_cast<size_t>(worker.index())].data();
-    worker.each(rows, [&](RowRange range) { table.adjust_and_pick(args, range, workspace); });
+    worker.each(rows, [&](RowRange range) {
+      for (int64_t row = range.begin; row < range.end; ++row) work(row, workspace);
+    });
   });
 }
 
-// The branches of all sequences as rows of a pass.
+// The branches of all sequences as rows of a pass, followed by their adapted twins if there are any.
 struct Branches {
   std::vector<int32_t> token_ids, slots, positions;
   std::vector<uint8_t> stored;
   std::vector<int64_t> first_row;  // of each sequence
+  int64_t count = 0;               // without the twins
 
-  explicit Branches(const StepBatch& batch) {
+  explicit Branches(const StepBatch& batch, const AdaptedBranches* adapted) {
+    add(batch, batch.slots);
+    count = static_cast<int64_t>(token_ids.size());
+    if (adapted != nullptr) add(batch, adapted->slots);
+    stored.resize(token_ids.size(), 0);
+  }
+
+  DecoderRows rows(const AdaptedBranches* adapted) const {
+    return {static_cast<int64_t>(token_ids.size()),
+            token_ids.data(),
+            slots.data(),
+            positions.data(),
+            stored.data(),
+            count,
+            adapted == nullptr ? nullptr : &adapted->cache};
+  }
+
+ private:
+  void add(const StepBatch& batch, const int32_t* batch_slots) {
     for (int64_t b = 0; b < batch.size; ++b) {
       first_row.push_back(static_cast<int64_t>(token_ids.size()));
       const int32_t* ids = batch.select.ids + b * batch.select.max_candidates;
       token_ids.insert(token_ids.end(), ids, ids + batch.select.count[b]);
-      slots.resize(token_ids.size(), batch.slots[b]);
+      slots.resize(token_ids.size(), batch_slots[b]);
       positions.resize(token_ids.size(), batch.lengths[b]);
     }
-    stored.resize(token_ids.size(), 0);
-  }
-
-  DecoderRows rows() const {
-    return {static_cast<int64_t>(token_ids.size()), token_ids.data(), slots.data(), positions.data(), stored.data()};
   }
 };
 
-void spread_scores(const std::vector<float>& row_scores, const Branches& branches, const StepBatch& batch) {
+// Scores of the rows from `first_scored` on, by sequence.
+void spread_scores(const std::vector<float>& row_scores, int64_t first_scored, const Branches& branches,
+                   const StepBatch& batch) {
   const int64_t width = batch.select.max_candidates;
   for (int64_t b = 0; b < batch.size; ++b) {
+    const int64_t first = first_scored + branches.first_row[static_cast<size_t>(b)];
     for (int64_t i = 0; i < width; ++i) {
-      batch.scores[b * width + i] =
-          i < batch.select.count[b] ? row_scores[static_cast<size_t>(branches.first_row[static_cast<size_t>(b)] + i)]
-                                    : -std::numeric_limits<float>::infinity();
+      batch.scores[b * width + i] = i < batch.select.count[b] ? row_scores[static_cast<size_t>(first + i)]
+                                                              : -std::numeric_limits<float>::infinity();
     }
   }
 }
@@ -66,26 +85,62 @@ std::vector<uint8_t> seen_candidates(const StepBatch& batch, int64_t vocab_size)
   return seen;
 }
 
+// Runs `pending`, then selects; the logits of a row are written where `logits` says so.
+void run_and_select(Decoder& decoder, const PagedCache& cache, DecoderRows pending, const StepBatch& batch,
+                    float* const* logits, int num_threads) {
+  pending.first_adapted = pending.count;
+  decoder.forward(cache, pending, nullptr, nullptr, num_threads);
+  for (int64_t row = 0; row < pending.count; ++row) decoder.keep_row(cache, row);
+  decoder.select(cache, batch.slots, batch.size, batch.select, logits, num_threads);
+}
+
+// The rows of a plain step whose pick needs every logit: where tokens are drawn or repetition is penalized. The others'
+// is the first candidate, whoever is in the batch beside them.
+struct WholeRows {
+  std::vector<float> storage;
+  std::vector<float*> logits;  // [B], null where it is not needed
+
+  WholeRows(const StepBatch& batch, int64_t vocab_size) : logits(static_cast<size_t>(batch.size), nullptr) {
+    std::vector<int64_t> rows;
+    for (int64_t b = 0; b < batch.size; ++b) {
+      if (batch.pick.temperature[b] > 0 || batch.pick.repetition_penalty[b] != 1) rows.push_back(b);
+    }
+    storage.resize(rows.size() * static_cast<size_t>(vocab_size));
+    for (size_t i = 0; i < rows.size(); ++i) {
+      logits[static_cast<size_t>(rows[i])] = storage.data() + i * static_cast<size_t>(vocab_size);
+    }
+  }
+};
+
+// A plain step's pick where it is the first candidate.
+void pick_first(const StepBatch& batch, int64_t row, int64_t vocab_size) {
+  const AdjustAndPickArgs& pick = batch.pick;
+  const bool usable = batch.select.count[row] > 0;
+  const int32_t token = usable ? batch.select.ids[row] : -1;
+  const float logit = batch.select.candidate_logits[row];
+  pick.index[row] = pick.token[row] = pick.system1_index[row] = token;
+  pick.logprob[row] = usable ? logit - batch.select.logsumexp[row] : std::numeric_limits<float>::quiet_NaN();
+  pick.finished[row] = usable && is_eos(pick, row, token);
+  if (usable) pick.adjusted[row * vocab_size + token] = logit;
+}
+
 }  // namespace
 
 void propose(Decoder& decoder, const PagedCache& cache, const DecoderRows& pending, StepBatch& batch, int num_threads) {
-  decoder.forward(cache, pending, nullptr, nullptr, num_threads);
-  for (int64_t row = 0; row < pending.count; ++row) decoder.keep_row(cache, row);
-  batch.select.dtype = DType::kFloat32;
-  batch.select.logits = decoder.logits(cache, batch.slots, batch.size, num_threads);
-  batch.select.logits_row_stride = decoder.spec().vocab_size;
-  const KernelTable& table = kernels(decoder.isa());
-  run_parallel(num_threads, 1, [&](Worker& worker) {
-    worker.each(batch.size, [&](RowRange rows) { table.select_candidates(batch.select, rows); });
-  });
+  const std::vector<float*> none(static_cast<size_t>(batch.size), nullptr);
+  run_and_select(decoder, cache, pending, batch, none.data(), num_threads);
 }
 
 void plain_step(Decoder& decoder, const PagedCache& cache, const DecoderRows& pending, StepBatch& batch,
                 int num_threads) {
-  propose(decoder, cache, pending, batch, num_threads);
   const int64_t vocab_size = decoder.spec().vocab_size;
-  std::vector<int32_t> ids(static_cast<size_t>(vocab_size));
-  std::iota(ids.begin(), ids.end(), 0);
+  const WholeRows whole(batch, vocab_size);
+  run_and_select(decoder, cache, pending, batch, whole.logits.data(), num_threads);
+  std::vector<int32_t> ids;
+  if (!whole.storage.empty()) {
+    ids.resize(static_cast<size_t>(vocab_size));
+    std::iota(ids.begin(), ids.end(), 0);
+  }
   std::vector<int32_t> count;
   for (int64_t b = 0; b < batch.size; ++b) {
     count.push_back(batch.select.count[b] > 0 ? static_cast<int32_t>(vocab_size) : 0);
@@ -93,22 +148,30 @@ void plain_step(Decoder& decoder, const PagedCache& cache, const DecoderRows& pe
   batch.pick.max_candidates = vocab_size;
   batch.pick.candidate_ids = ids.data();
   batch.pick.candidate_ids_row_stride = 0;
-  batch.pick.candidate_logits = static_cast<const float*>(batch.select.logits);
-  batch.pick.candidate_logits_row_stride = vocab_size;
+  batch.pick.candidate_logits_row_stride = 0;
   batch.pick.count = count.data();
   batch.pick.seen = batch.seen;
   batch.pick.seen_row_stride = vocab_size;
-  pick_parallel(batch.pick, batch.size, decoder.isa(), num_threads);
+  const KernelTable& table = kernels(decoder.isa());
+  each_pick(batch.pick, batch.size, decoder.isa(), num_threads, [&](int64_t row, void* workspace) {
+    const float* logits = whole.logits[static_cast<size_t>(row)];
+    if (logits == nullptr) return pick_first(batch, row, vocab_size);
+    AdjustAndPickArgs args = batch.pick;
+    args.candidate_logits = logits;
+    table.adjust_and_pick(args, {row, row + 1}, workspace);
+  });
 }
 
-void joint_step(Decoder& decoder, const PagedCache& cache, const ScoreHead& head, StepBatch& batch, int num_threads) {
+void joint_step(Decoder& decoder, const PagedCache& cache, const ScoreHead& head, const AdaptedBranches* adapted,
+                StepBatch& batch, int num_threads) {
   propose(decoder, cache, {0, nullptr, nullptr, nullptr, nullptr}, batch, num_threads);
 
-  const Branches branches(batch);
-  const DecoderRows rows = branches.rows();
+  const Branches branches(batch, adapted);
+  const DecoderRows rows = branches.rows(adapted);
   std::vector<float> row_scores(static_cast<size_t>(rows.count));
   decoder.forward(cache, rows, &head, row_scores.data(), num_threads);
-  spread_scores(row_scores, branches, batch);
+  const int64_t first_twin = adapted == nullptr ? 0 : branches.count;
+  spread_scores(row_scores, first_twin, branches, batch);
 
   const int64_t width = batch.select.max_candidates;
   std::vector<uint8_t> seen;
@@ -121,11 +184,15 @@ void joint_step(Decoder& decoder, const PagedCache& cache, const ScoreHead& head
   batch.pick.seen = batch.seen == nullptr ? nullptr : seen.data();
   batch.pick.candidate_ids_row_stride = batch.pick.candidate_logits_row_stride = width;
   batch.pick.scores_row_stride = batch.pick.seen_row_stride = width;
-  pick_parallel(batch.pick, batch.size, decoder.isa(), num_threads);
+  const KernelTable& table = kernels(decoder.isa());
+  each_pick(batch.pick, batch.size, decoder.isa(), num_threads,
+            [&](int64_t row, void* workspace) { table.adjust_and_pick(batch.pick, {row, row + 1}, workspace); });
 
   for (int64_t b = 0; b < batch.size; ++b) {
     if (batch.pick.index[b] < 0) continue;
-    decoder.keep_row(cache, branches.first_row[static_cast<size_t>(b)] + batch.pick.index[b]);
+    const int64_t chosen = branches.first_row[static_cast<size_t>(b)] + batch.pick.index[b];
+    decoder.keep_row(cache, chosen);
+    if (adapted != nullptr) decoder.keep_row(adapted->cache, first_twin + chosen);
   }
 }
 

@@ -57,16 +57,17 @@ class CachedDecoder:
 
     Args:
         extension: The module `llm2_fast_C`.
-        decoder: `llm2_fast_C.Decoder`.
+        decoder: `llm2_fast_C.Decoder`. Several cached decoders may share one.
         spec: Its shape.
+        adapted: Rows get the decoder's low-rank updates.
 
     Attributes:
         lengths: Committed positions by slot.
         cache: `llm2_fast_C.PagedCache` over the current storage.
     """
 
-    def __init__(self, extension: ModuleType, decoder: Any, spec: DecoderSpec) -> None:
-        self._extension, self.decoder, self.spec = extension, decoder, spec
+    def __init__(self, extension: ModuleType, decoder: Any, spec: DecoderSpec, *, adapted: bool = False) -> None:
+        self._extension, self.decoder, self.spec, self._adapted = extension, decoder, spec, adapted
         self.lengths: dict[int, int] = {}
         self._tables = BlockTables(_BLOCK_SIZE)
         dtype = getattr(torch, spec.dtype)
@@ -163,6 +164,7 @@ class CachedDecoder:
             rows.slots,
             rows.positions,
             rows.stored,
+            self._adapted,
             head,
             None if scores is None else to_dlpack(scores),
             self.num_threads,

@@ -11,7 +11,7 @@ from torch.utils.dlpack import to_dlpack
 from llm2_fast import ops
 from llm2_fast.backends.backend import Backend
 from llm2_fast.backends.cached_decoder import CachedDecoder
-from llm2_fast.backends.cpu_plans import CpuPlan, JointCpuPlan, LazyCpuPlan, PlainCpuPlan
+from llm2_fast.backends.cpu_plans import CpuPlan, JointCpuPlan, JointLoraCpuPlan, LazyCpuPlan, PlainCpuPlan
 from llm2_fast.errors import ArgumentError
 from llm2_fast.models.decoder import FINAL_LAYER
 from llm2_fast.models.loading import LoadedModel
@@ -19,9 +19,10 @@ from llm2_fast.models.spec import DecoderSpec
 from llm2_fast.models.weights import LoraUpdate, PackedWeights
 from llm2_fast.results import StepOutput
 from llm2_fast.sequence import Sequence
-from llm2_fast.verifier import FullVerifier, HeadVerifier, ScoreHead, Verifier
+from llm2_fast.verifier import FullVerifier, HeadVerifier, LoraVerifier, ScoreHead, Verifier
 from llm2_fast.verifier.full import LabelHead
 from llm2_fast.verifier.lora import LoraDecoder
+from llm2_fast.verifier.scorer import Scorer
 
 
 class CpuBackend(Backend):
@@ -45,9 +46,11 @@ class CpuBackend(Backend):
             raise ArgumentError("backend", "a backend for this model and verifier", f"'cpu' ({reason})")
         extension = ops.cpu_extension()
         weights = PackedWeights(extension, model.model)
-        self._llm = CachedDecoder(extension, weights.decoder(), weights.spec)
+        scorer = None if verifier is None else verifier.scorer(model)
+        updates = _lora_updates(scorer.decoder) if isinstance(verifier, LoraVerifier) else {}
+        self._llm = CachedDecoder(extension, weights.decoder(updates), weights.spec)
         self._llm.check(model.model)
-        self._plan = _make_plan(extension, self._llm, weights, model, verifier)
+        self._plan = _make_plan(extension, self._llm, verifier, scorer)
         configs = [model.model.config]
         if isinstance(verifier, FullVerifier):
             configs.append(verifier.network.config)
@@ -91,27 +94,20 @@ class CpuBackend(Backend):
         return self._llm.prefix(sequence.slot)
 
 
-def _make_plan(
-    extension: ModuleType,
-    llm: CachedDecoder,
-    weights: PackedWeights,
-    model: LoadedModel,
-    verifier: Verifier | None,
-) -> CpuPlan:
+def _make_plan(extension: ModuleType, llm: CachedDecoder, verifier: Verifier | None, scorer: Scorer | None) -> CpuPlan:
     """The plan for a verifier's kind."""
     if verifier is None:
         return PlainCpuPlan(extension, llm)
-    scorer = verifier.scorer(model)
     head = _pack_head(extension, scorer.head, scorer.decoder.model.config.hidden_size)
     if isinstance(verifier, HeadVerifier):
         return JointCpuPlan(extension, llm, head)
-    if isinstance(verifier, FullVerifier):
-        weights = PackedWeights(extension, verifier.network)
-        decoder = CachedDecoder(extension, weights.decoder(), weights.spec)
-        decoder.check(verifier.network)
-    else:
-        decoder = CachedDecoder(extension, weights.decoder(_lora_updates(scorer.decoder)), weights.spec)
-    return LazyCpuPlan(extension, llm, decoder, head)
+    if isinstance(verifier, LoraVerifier):
+        adapted = CachedDecoder(extension, llm.decoder, llm.spec, adapted=True)
+        return JointLoraCpuPlan(extension, llm, adapted, head)
+    weights = PackedWeights(extension, verifier.network)
+    network = CachedDecoder(extension, weights.decoder(), weights.spec)
+    network.check(verifier.network)
+    return LazyCpuPlan(extension, llm, network, head)
 
 
 def _lora_updates(decoder: LoraDecoder) -> dict[str, LoraUpdate]:

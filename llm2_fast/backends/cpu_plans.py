@@ -92,26 +92,81 @@ class JointCpuPlan(CpuPlan):
         tensors = self._tensors_for(sequences)
         slots = [s.slot for s in sequences]
         lengths = [self._llm.lengths[slot] for slot in slots]
+        seen = occurring_tokens(sequences, self._llm.spec.vocab_size)
         for slot, length in zip(slots, lengths, strict=True):
             self._llm.reserve(slot, length + 1)
-        seen = occurring_tokens(sequences, self._llm.spec.vocab_size)
+        adapted_cache, adapted_slots = self._reserve_twins(slots)
         self._llm.decoder.joint_step(
             self._llm.cache,
             tensors.bound,
             slots,
             lengths,
             self._head,
+            adapted_cache,
+            adapted_slots,
             None if seen is None else to_dlpack(seen),
             self._llm.num_threads,
         )
         for slot, index in zip(slots, tensors.picked.index.tolist(), strict=True):
-            self._llm.lengths[slot] += index >= 0
-        verifier_rows = [count if count > 1 else 0 for count in tensors.candidates.count.tolist()]
+            if index >= 0:
+                self._committed(slot)
+        verifier_rows = self._verifier_rows(tensors.candidates.count.tolist())
         return step_outputs(sequences, tensors.candidates, tensors.scores, tensors.picked, verifier_rows)
+
+    def _reserve_twins(self, slots: list[int]) -> tuple[Any, list[int]]:
+        """The cache of the branches' adapted twins, if they have any, with room for them, and their slots."""
+        return None, []
+
+    def _committed(self, slot: int) -> None:
+        """The chosen branch of a slot has been committed."""
+        self._llm.lengths[slot] += 1
+
+    def _verifier_rows(self, counts: list[int]) -> list[int]:
+        return [count if count > 1 else 0 for count in counts]
+
+
+class JointLoraCpuPlan(JointCpuPlan):
+    """`lora`: the same pass runs every branch a second time, with the adapter.
+
+    Args:
+        extension: The module `llm2_fast_C`.
+        llm: The LLM, over the decoder with the adapter's updates.
+        adapted: The LLM with the adapter, over the same decoder. Its keys and values differ from the LLM's.
+        head: `llm2_fast_C.ScoreHead`.
+    """
+
+    def __init__(self, extension: ModuleType, llm: CachedDecoder, adapted: CachedDecoder, head: Any) -> None:
+        super().__init__(extension, llm, head)
+        self._adapted = adapted
+        self._slots: dict[int, int] = {}  # LLM slot -> slot of the adapted cache
+
+    def add(self, sequence: Sequence) -> None:
+        slot = self._slots[sequence.slot] = self._adapted.allocate()
+        self._adapted.extend([slot], [sequence.tokens_from(0)])
+
+    def fork(self, parent: int, child: int) -> None:
+        self._slots[child] = self._adapted.fork(self._slots[parent])
+
+    def free(self, slot: int) -> None:
+        if slot in self._slots:
+            self._adapted.free(self._slots.pop(slot))
+
+    def _reserve_twins(self, slots: list[int]) -> tuple[Any, list[int]]:
+        twins = [self._slots[slot] for slot in slots]
+        for twin in twins:
+            self._adapted.reserve(twin, self._adapted.lengths[twin] + 1)
+        return self._adapted.cache, twins
+
+    def _committed(self, slot: int) -> None:
+        super()._committed(slot)
+        self._adapted.lengths[self._slots[slot]] += 1
+
+    def _verifier_rows(self, counts: list[int]) -> list[int]:
+        return counts  # an unambiguous step's row extends the adapter's cache
 
 
 class LazyCpuPlan(CpuPlan):
-    """`lora` and `full`: the verifier runs at ambiguous steps only and catches up on what it skipped."""
+    """`full`: the verifier runs at ambiguous steps only and catches up on what it skipped."""
 
     def __init__(self, extension: ModuleType, llm: CachedDecoder, verifier: CachedDecoder, head: Any) -> None:
         super().__init__(extension, llm)

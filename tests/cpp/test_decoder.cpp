@@ -1,7 +1,9 @@
 // The thread pool, packed linear layers and the decoder without Python, on every tier this machine can run: against
 // plain loops in double, and against themselves with other rows and threads. Exits with 1 if a check fails.
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -98,14 +100,14 @@ template <typename T>
 class TinyDecoder {
  public:
   static constexpr int64_t kHidden = 20, kHeads = 3, kKvHeads = 1, kHeadDim = 6, kInner = 23, kVocab = 41, kRank = 3;
-  static constexpr int64_t kLayers = 2, kSlots = 3, kBlocks = 12, kBlockSize = 4;
+  static constexpr int64_t kLayers = 2, kSlots = 3, kBlocks = 240, kBlockSize = 4;
 
   explicit TinyDecoder(Isa isa)
       : keys_(static_cast<size_t>(kLayers * kBlocks * kKvHeads * kBlockSize * kHeadDim)),
         values_(keys_.size()),
         hidden_(static_cast<size_t>(kSlots * kHidden)) {
     // Slots get their blocks in an order that is not that of memory.
-    for (int32_t i = 0; i < kBlocks; ++i) block_table_.push_back(i * 5 % static_cast<int32_t>(kBlocks));
+    for (int32_t i = 0; i < kBlocks; ++i) block_table_.push_back(i * 7 % static_cast<int32_t>(kBlocks));
     DecoderWeights weights;
     weights.spec = {dtype_of<T>(),      kHidden, kInner, kHeads, kKvHeads, kHeadDim, kVocab, 1e-5f, 0.4f,
                     {1.0f, 0.5f, 0.1f}, 1.0f};
@@ -141,6 +143,11 @@ class TinyDecoder {
     decoder_->forward(view, {count, tokens.data(), slots.data(), positions.data(), stored.data()}, nullptr, nullptr,
                       num_threads);
     decoder_->keep_row(view, count - 1);
+    return hidden_state(slot);
+  }
+
+  // After the last token of a slot.
+  std::vector<T> hidden_state(int32_t slot) const {
     return {hidden_.begin() + slot * kHidden, hidden_.begin() + (slot + 1) * kHidden};
   }
 
@@ -165,6 +172,71 @@ class TinyDecoder {
 template <typename T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+// Options and outputs of a selection of B rows, B being the size of `log_alpha`.
+struct Selection {
+  std::vector<float> log_alpha;
+  std::vector<int32_t> top_k;
+  int64_t max_candidates, vocab_size;
+  std::vector<int32_t> ids, count;
+  std::vector<float> logits, logsumexp;
+  std::array<bool, 2> cut = {};
+
+  Selection(int64_t max_candidates, std::vector<float> log_alpha, std::vector<int32_t> top_k, int64_t vocab_size)
+      : log_alpha(std::move(log_alpha)),
+        top_k(std::move(top_k)),
+        max_candidates(max_candidates),
+        vocab_size(vocab_size) {
+    const size_t batch = this->log_alpha.size();
+    ids.resize(batch * static_cast<size_t>(max_candidates));
+    logits.resize(ids.size());
+    count.resize(batch);
+    logsumexp.resize(batch);
+  }
+
+  SelectCandidatesArgs args(const float* values) {
+    SelectCandidatesArgs args = {};
+    args.dtype = DType::kFloat32;
+    args.vocab_size = vocab_size;
+    args.max_candidates = max_candidates;
+    args.logits = values;
+    args.log_alpha = log_alpha.data();
+    args.candidate_top_k = top_k.data();
+    args.ids = ids.data();
+    args.candidate_logits = logits.data();
+    args.count = count.data();
+    args.logsumexp = logsumexp.data();
+    args.cut = cut.data();
+    return args;
+  }
+};
+
+// Selection beside the computation of the logits equals the op's on the logits, whoever computes them.
+template <typename T>
+void test_selection(TinyDecoder<T>& tiny, Isa isa) {
+  constexpr int64_t kRows = 2, kCandidates = 3;
+  const int32_t slots[kRows] = {0, 1};
+  for (int num_threads : {1, 3}) {
+    for (float log_alpha : {-std::numeric_limits<float>::infinity(), -0.1f, -10.0f}) {
+      for (int32_t top_k : {0, 2, 3}) {
+        for (int64_t vocab_size : {tiny.kVocab, tiny.kVocab - 9}) {
+          Selection folded(kCandidates, {log_alpha, log_alpha}, {top_k, top_k}, vocab_size), direct = folded;
+          std::vector<float> logits(static_cast<size_t>(kRows * tiny.kVocab));
+          float* rows[kRows] = {logits.data(), logits.data() + tiny.kVocab};
+          tiny.decoder().select(tiny.cache(), slots, kRows, folded.args(nullptr), rows, num_threads);
+          CHECK(std::memcmp(rows[0], rows[1], static_cast<size_t>(tiny.kVocab) * sizeof(float)) == 0);
+          SelectCandidatesArgs args = direct.args(logits.data());
+          args.logits_row_stride = tiny.kVocab;
+          select_candidates(args, {0, kRows}, isa);
+          CHECK(folded.ids == direct.ids && folded.count == direct.count);
+          CHECK(same_bits(folded.logits, direct.logits));
+          CHECK(folded.cut[0] == direct.cut[0] && folded.cut[1] == direct.cut[1]);
+          CHECK(std::abs(folded.logsumexp[0] - direct.logsumexp[0]) < 1e-5f);
+        }
+      }
+    }
+  }
 }
 
 // A token gives the same bits as part of a prompt, alone, and as a branch that is kept, with any number of threads.
@@ -192,9 +264,52 @@ void test_decoder(Isa isa) {
   CHECK(std::isfinite(scores[1]) && scores[0] != scores[1]);
   CHECK(same_bits(tiny.extend(1, {30}, 10, 1), next));
 
-  const int32_t both[] = {0, 1};
-  const float* logits = tiny.decoder().logits(tiny.cache(), both, 2, 2);
-  CHECK(std::memcmp(logits, logits + tiny.kVocab, static_cast<size_t>(tiny.kVocab) * sizeof(float)) == 0);
+  test_selection(tiny, isa);
+}
+
+// Rows with the low-rank updates beside rows without, each with a cache of their own, give what they give alone.
+template <typename T>
+void test_adapted_rows(Isa isa) {
+  current_case = std::string("adapted rows ") + isa_name(isa);
+  TinyDecoder<T> tiny(isa);
+  const std::vector<int32_t> tokens = {3, 14, 15, 9, 3, 14, 15, 9}, positions = {0, 1, 2, 3, 0, 1, 2, 3};
+  const std::vector<uint8_t> stored(8, 1);
+  std::vector<std::vector<T>> alone;
+  for (int64_t first_adapted : {4, 0}) {
+    const std::vector<int32_t> slots(4, first_adapted == 0 ? 1 : 0);
+    tiny.decoder().forward(tiny.cache(),
+                           {4, tokens.data(), slots.data(), positions.data(), stored.data(), first_adapted}, nullptr,
+                           nullptr, 1);
+    tiny.decoder().keep_row(tiny.cache(), 3);
+    alone.push_back(tiny.hidden_state(slots[0]));
+  }
+  CHECK(!same_bits(alone[0], alone[1]));
+  // One storage serves as both caches: the slots differ.
+  const PagedCache cache = tiny.cache();
+  const std::vector<int32_t> slots = {2, 2, 2, 2, 1, 1, 1, 1};
+  const ScoreHead head = {{ScoreHead::kFinalLayer}, {}, {}, random_values<float>(tiny.kHidden), 0.5f};
+  for (int num_threads : {1, 2}) {
+    std::vector<float> scores(8, 99.0f);
+    tiny.decoder().forward(cache, {8, tokens.data(), slots.data(), positions.data(), stored.data(), 4, &cache}, &head,
+                           scores.data(), num_threads);
+    CHECK(scores[0] == 99.0f && scores[3] == 99.0f && scores[4] != 99.0f && scores[7] != 99.0f);
+    tiny.decoder().keep_row(cache, 3);
+    tiny.decoder().keep_row(cache, 7);
+    CHECK(same_bits(tiny.hidden_state(2), alone[0]));
+    CHECK(same_bits(tiny.hidden_state(1), alone[1]));
+  }
+}
+
+// A prefix that threads share in parts gives the bits of one that a thread reads alone.
+template <typename T>
+void test_long_prefix(Isa isa) {
+  current_case = std::string("long prefix ") + isa_name(isa);
+  TinyDecoder<T> tiny(isa);
+  std::vector<int32_t> tokens;
+  for (int32_t i = 0; i < 300; ++i) tokens.push_back(i * 11 % static_cast<int32_t>(tiny.kVocab));
+  const std::vector<T> expected = tiny.extend(0, tokens, 0, 1);
+  CHECK(same_bits(tiny.extend(1, tokens, 0, 3), expected));
+  for (int num_threads : {1, 2, 3}) CHECK(same_bits(tiny.extend(1, {tokens.back()}, 299, num_threads), expected));
 }
 
 }  // namespace
@@ -206,6 +321,10 @@ int main() {
     test_packed_linear<BFloat16>(isa);
     test_decoder<float>(isa);
     test_decoder<BFloat16>(isa);
+    test_adapted_rows<float>(isa);
+    test_adapted_rows<BFloat16>(isa);
+    test_long_prefix<float>(isa);
+    test_long_prefix<BFloat16>(isa);
     std::printf("%s: done\n", isa_name(isa));
   }
   return report();

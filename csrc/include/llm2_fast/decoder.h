@@ -65,6 +65,10 @@ struct DecoderRows {
   const int32_t* slots;      // [count]
   const int32_t* positions;  // [count]; the row sees the positions before it
   const uint8_t* stored;     // [count]; the row extends its prefix: its key and value are cached before attention
+  // Rows from this one on are adapted: they get the low-rank updates.
+  int64_t first_adapted = 0;
+  // The adapted rows' cache, in which their slots are; null if it is the pass's.
+  const PagedCache* adapted_cache = nullptr;
 };
 
 struct DecoderWeights {
@@ -85,16 +89,19 @@ class Decoder {
   const DecoderSpec& spec() const { return weights_.spec; }
   Isa isa() const { return isa_; }
 
-  // One pass over the weights. With a head, computes scores [rows]. Throws std::bad_alloc.
+  // One pass over the weights. With a head, computes scores [rows], those of the adapted rows only if these have a
+  // cache of their own. Throws std::bad_alloc.
   void forward(const PagedCache& cache, const DecoderRows& rows, const ScoreHead* head, float* scores, int num_threads);
 
   // Makes a row of the last pass the last token of its slot: its final hidden state is kept and, unless the pass did
   // so, its keys and values are cached.
   void keep_row(const PagedCache& cache, int64_t row) const;
 
-  // Logits [count, vocab_size], float32, after the last tokens of `slots`. The memory is the decoder's and holds until
-  // the next call. Throws std::bad_alloc.
-  const float* logits(const PagedCache& cache, const int32_t* slots, int64_t count, int num_threads);
+  // Selects candidates from the logits after the last tokens of `slots` [count]. The logits are computed panel by panel
+  // and not kept, except for those rows where `logits` [count] says where to write them, [vocab_size]. Throws
+  // std::bad_alloc.
+  void select(const PagedCache& cache, const int32_t* slots, int64_t count, const SelectCandidatesArgs& args,
+              float* const* logits, int num_threads);
 
  private:
   struct Workspace;

@@ -74,6 +74,14 @@ struct AdjustAndPickArgs {
   bool* finished;          // [B]
 };
 
+static inline bool is_eos(const AdjustAndPickArgs& args, int64_t row, int32_t token) {
+  const int32_t* eos = args.eos_token_ids + row * args.eos_token_ids_row_stride;
+  for (int64_t i = 0; i < args.num_eos; ++i) {
+    if (eos[i] == token) return true;
+  }
+  return false;
+}
+
 // Adjusted logits (LLM2, equation 3), processors and the pick. Throws std::bad_alloc.
 void adjust_and_pick(const AdjustAndPickArgs& args, RowRange rows, Isa isa);
 

@@ -23,13 +23,21 @@ struct StepBatch {
 // Throws std::bad_alloc.
 void propose(Decoder& decoder, const PagedCache& cache, const DecoderRows& pending, StepBatch& batch, int num_threads);
 
-// Step without a verifier: `pending`, then the pick among the whole vocabulary. K of the pick is V; K of the selection,
-// which only tells whether the logits are usable, is 1. Throws std::bad_alloc.
+// Step without a verifier: `pending`, then the pick among the whole vocabulary. K of the pick is V, and of its
+// `adjusted` only the chosen one is sure to be written; K of the selection is 1. Throws std::bad_alloc.
 void plain_step(Decoder& decoder, const PagedCache& cache, const DecoderRows& pending, StepBatch& batch,
                 int num_threads);
 
+// The adapted twins of a joint step's branches, which a `lora` verifier scores.
+struct AdaptedBranches {
+  PagedCache cache;
+  const int32_t* slots;  // [B], of that cache
+};
+
 // Joint look-ahead step: one pass over all branches scores them and, for the chosen one, gives what the next step's
-// logits need; its keys and values are committed at position `lengths`. Throws std::bad_alloc.
-void joint_step(Decoder& decoder, const PagedCache& cache, const ScoreHead& head, StepBatch& batch, int num_threads);
+// logits need; its keys and values are committed at position `lengths`. With `adapted`, the same pass runs every branch
+// a second time with the low-rank updates, which gives the scores, and commits the chosen twin. Throws std::bad_alloc.
+void joint_step(Decoder& decoder, const PagedCache& cache, const ScoreHead& head, const AdaptedBranches* adapted,
+                StepBatch& batch, int num_threads);
 
 }  // namespace llm2_fast
