@@ -393,14 +393,22 @@ DecoderSpec read_spec(const py::handle& spec) {
   read.vocab_size = integer("vocab_size");
   read.rms_norm_eps = spec.attr("rms_norm_eps").cast<float>();
   read.attention_scale = spec.attr("attention_scale").cast<float>();
-  read.inv_freq = spec.attr("inv_freq").cast<std::vector<float>>();
-  read.rope_scale = spec.attr("rope_scale").cast<float>();
+  read.embedding_scale = spec.attr("embedding_scale").cast<float>();
+  const std::string activation = spec.attr("activation").cast<std::string>();
+  if (activation != "silu" && activation != "gelu_tanh") {
+    throw argument_error("activation", "silu or gelu_tanh", activation);
+  }
+  read.activation = activation == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+  for (const py::handle table : spec.attr("rotary_tables")) {
+    read.rotary_tables.push_back(
+        {table.attr("inv_freq").cast<std::vector<float>>(), table.attr("scale").cast<float>()});
+    require_equal("head_dim", read.head_dim, 2 * static_cast<int64_t>(read.rotary_tables.back().inv_freq.size()));
+  }
   if (read.hidden_size % 2 != 0)
     throw argument_error("hidden_size", "an even number", std::to_string(read.hidden_size));
   if (read.num_heads % read.num_kv_heads != 0) {
     throw argument_error("num_heads", "a multiple of num_kv_heads", std::to_string(read.num_heads));
   }
-  require_equal("head_dim", read.head_dim, 2 * static_cast<int64_t>(read.inv_freq.size()));
   return read;
 }
 
@@ -439,7 +447,10 @@ DecoderLayer read_layer(const py::handle& layer, const DecoderSpec& spec, Isa is
   const int64_t q_size = spec.num_heads * spec.head_dim, kv_size = spec.num_kv_heads * spec.head_dim;
   DecoderLayer read;
   read.input_norm = float_vector("input_norm", layer.attr("input_norm"), spec.hidden_size);
-  read.post_attention_norm = float_vector("post_attention_norm", layer.attr("post_attention_norm"), spec.hidden_size);
+  read.mlp_input_norm = float_vector("mlp_input_norm", layer.attr("mlp_input_norm"), spec.hidden_size);
+  const auto output_norm = [&](const char* name) { return optional_vector(name, layer.attr(name), spec.hidden_size); };
+  read.attention_output_norm = output_norm("attention_output_norm");
+  read.mlp_output_norm = output_norm("mlp_output_norm");
   read.q_norm = optional_vector("q_norm", layer.attr("q_norm"), spec.head_dim);
   read.k_norm = optional_vector("k_norm", layer.attr("k_norm"), spec.head_dim);
   read.qkv = read_linear("qkv", layer, spec.hidden_size, q_size + 2 * kv_size, spec, isa);
@@ -448,6 +459,8 @@ DecoderLayer read_layer(const py::handle& layer, const DecoderSpec& spec, Isa is
   read.down = read_linear("down", layer, spec.intermediate_size, spec.hidden_size, spec, isa);
   read.sliding_window = layer.attr("sliding_window").cast<int64_t>();
   require_at_least("sliding_window", read.sliding_window, 0);
+  read.rotary_table = layer.attr("rotary_table").cast<int64_t>();
+  require_index("rotary_table", read.rotary_table, static_cast<int64_t>(spec.rotary_tables.size()));
   return read;
 }
 
@@ -493,7 +506,8 @@ void bind_decoder(py::module_& module) {
   py::class_<StepTensors>(module, "StepTensors", "Options and outputs of a batch's steps.")
       .def(py::init<int64_t, int64_t, int64_t, const py::kwargs&>(), arg("batch"), arg("max_candidates"),
            arg("pick_width"));
-  py::class_<BoundDecoder>(module, "Decoder", "A decoder of the Llama family; see llm2_fast.backends.cpu for its use.")
+  py::class_<BoundDecoder>(module, "Decoder",
+                           "A decoder of the Llama or Gemma-3 family; see llm2_fast.backends.cpu for its use.")
       .def(py::init(&make_decoder), arg("spec"), arg("layers"), arg("final_norm"), arg("embedding"), arg("lm_head"))
       .def("forward", &BoundDecoder::forward, arg("cache"), arg("token_ids"), arg("slots"), arg("positions"),
            arg("stored"), arg("adapted"), arg("head"), arg("scores"), arg("num_threads"))

@@ -70,7 +70,7 @@ def config(family: str, **overrides: object) -> PreTrainedConfig:
         ),
     }
     config_class, extra = classes[family]
-    return config_class(**{**shape, **extra})
+    return config_class(**{**extra, **shape})
 
 
 def randomize(model: PreTrainedModel, seed: int) -> PreTrainedModel:

@@ -12,7 +12,7 @@
 namespace llm2_fast {
 namespace {
 
-constexpr int64_t kPhasesPerLayer = 13;  // at most: many rows, updates of all four linear layers, a head
+constexpr int64_t kPhasesPerLayer = 15;  // at most: many rows, updates of all four linear layers, output norms, a head
 // So few rows every worker normalizes for itself: that takes less time than one more phase.
 constexpr int64_t kFewRows = 8;
 constexpr int64_t kItemsPerWorker = 4;  // fewer are divided further
@@ -27,6 +27,13 @@ char* at(const AlignedBuffer& buffer, int64_t index, int64_t element_size) {
 
 float* floats(const AlignedBuffer& buffer, int64_t index = 0) {
   return static_cast<float*>(buffer.data()) + index;
+}
+
+float rounded(float value, DType dtype) {
+  if (dtype == DType::kFloat32) return value;
+  BFloat16 result;
+  from_float(value, &result);
+  return to_float(result);
 }
 
 }  // namespace
@@ -50,7 +57,8 @@ struct Decoder::Workspace {
   AlignedBuffer own_key, own_value;  // [num_layers, capacity, num_kv_heads, head_dim]
   AlignedBuffer gated;               // [rows, gated_stride]
   AlignedBuffer lora;                // [rows, lora_stride]
-  AlignedBuffer angles;              // float32 [rows, 2, head_dim / 2]
+  AlignedBuffer projected;           // float32 [rows, hidden_size]: what an output norm reads
+  AlignedBuffer angles;              // float32 [rotary tables, capacity, 2, head_dim / 2]
   AlignedBuffer features;        // float32 [rows, features_stride]: what the score head reads, then its hidden layer
   std::vector<uint8_t> has_own;  // [rows], all true
   std::vector<AlignedBuffer> scratch;     // per thread
@@ -97,7 +105,8 @@ void Decoder::Workspace::reserve(const DecoderWeights& weights, int64_t rows, in
   own_value = AlignedBuffer(layers * rows * kv_size * element);
   gated = AlignedBuffer(rows * gated_stride * element);
   lora = AlignedBuffer(rows * lora_stride * element);
-  angles = AlignedBuffer(rows * spec.head_dim * 4);
+  projected = AlignedBuffer(rows * spec.hidden_size * 4);
+  angles = AlignedBuffer(static_cast<int64_t>(spec.rotary_tables.size()) * rows * spec.head_dim * 4);
   features = AlignedBuffer(rows * features_stride * 4);
   has_own.assign(static_cast<size_t>(rows), 1);
   capacity = rows;
@@ -158,6 +167,7 @@ class Decoder::Pass {
 
   void divide_tiles();
   void embed(int64_t row) const;
+  void rotate(int64_t row) const;
   void run_layer(int64_t index, Worker& worker) const;
   template <typename Work>
   void each_row(Worker& worker, const Work& work) const;
@@ -165,6 +175,10 @@ class Decoder::Pass {
   template <typename Input>
   void apply(const AdaptedLinear& linear, Input&& input, int64_t input_stride, Epilogue epilogue, void* output,
              int64_t output_stride, Worker& worker) const;
+  template <typename Input>
+  void add_to_residual(const AdaptedLinear& linear, Input&& input, int64_t input_stride, const std::vector<float>& norm,
+                       Worker& worker) const;
+  void add_projected(const std::vector<float>& norm, int64_t row) const;
   void rope_and_store(int64_t index, RowRange rows, RowRange kv_heads, Worker& worker) const;
   void attend(int64_t index, Worker& worker) const;
   void attend_in_parts(int64_t index, Worker& worker) const;
@@ -272,7 +286,10 @@ void Decoder::Pass::divide_tiles() {
 }
 
 void Decoder::Pass::run(Worker& worker) const {
-  each_row(worker, [&](int64_t row) { embed(row); });
+  each_row(worker, [&](int64_t row) {
+    embed(row);
+    rotate(row);
+  });
   for (int64_t layer = 0; layer < static_cast<int64_t>(weights_.layers.size()); ++layer) run_layer(layer, worker);
   const int64_t first_scored = rows_.adapted_cache == nullptr ? 0 : rows_.first_adapted;
   each_row(worker, [&](int64_t row) {
@@ -281,7 +298,6 @@ void Decoder::Pass::run(Worker& worker) const {
   });
 }
 
-// Embedding and rotary angles of a row.
 void Decoder::Pass::embed(int64_t row) const {
   const int64_t token = rows_.token_ids[row], size = spec_.hidden_size;
   float* residual = floats(work_.residual, row * size);
@@ -293,12 +309,21 @@ void Decoder::Pass::embed(int64_t row) const {
     const BFloat16* embedding = static_cast<const BFloat16*>(weights_.embedding) + token * size;
     for (int64_t i = 0; i < size; ++i) residual[i] = to_float(embedding[i]);
   }
+  if (spec_.embedding_scale == 1.0f) return;
+  for (int64_t i = 0; i < size; ++i) residual[i] = rounded(residual[i] * spec_.embedding_scale, spec_.dtype);
+}
+
+// Rotary angles of a row.
+void Decoder::Pass::rotate(int64_t row) const {
   const int64_t half = spec_.head_dim / 2;
-  float* angles = floats(work_.angles, row * spec_.head_dim);
-  for (int64_t i = 0; i < half; ++i) {
-    const float angle = static_cast<float>(rows_.positions[row]) * spec_.inv_freq[static_cast<size_t>(i)];
-    angles[i] = std::cos(angle) * spec_.rope_scale;
-    angles[i + half] = std::sin(angle) * spec_.rope_scale;
+  for (size_t table = 0; table < spec_.rotary_tables.size(); ++table) {
+    const RotaryTable& rotary = spec_.rotary_tables[table];
+    float* angles = floats(work_.angles, (static_cast<int64_t>(table) * work_.capacity + row) * spec_.head_dim);
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(rows_.positions[row]) * rotary.inv_freq[static_cast<size_t>(i)];
+      angles[i] = std::cos(angle) * rotary.scale;
+      angles[i + half] = std::sin(angle) * rotary.scale;
+    }
   }
 }
 
@@ -309,12 +334,11 @@ void Decoder::Pass::run_layer(int64_t index, Worker& worker) const {
   apply(layer.qkv, Normed(*this, layer.input_norm, worker), hidden, Epilogue::kStoreFloat, work_.qkv.data(),
         q_size + 2 * kv_size, worker);
   attend(index, worker);
-  apply(layer.o, [&] { return work_.attended.data(); }, q_size, Epilogue::kAdd, work_.residual.data(), hidden, worker);
-  apply(layer.gate_up, Normed(*this, layer.post_attention_norm, worker), hidden, Epilogue::kSiluMul, work_.gated.data(),
+  add_to_residual(layer.o, [&] { return work_.attended.data(); }, q_size, layer.attention_output_norm, worker);
+  const Epilogue activation = spec_.activation == Activation::kSilu ? Epilogue::kSiluMul : Epilogue::kGeluTanhMul;
+  apply(layer.gate_up, Normed(*this, layer.mlp_input_norm, worker), hidden, activation, work_.gated.data(),
         work_.gated_stride, worker);
-  apply(
-      layer.down, [&] { return work_.gated.data(); }, work_.gated_stride, Epilogue::kAdd, work_.residual.data(), hidden,
-      worker);
+  add_to_residual(layer.down, [&] { return work_.gated.data(); }, work_.gated_stride, layer.mlp_output_norm, worker);
   if (head_reads(index)) each_row(worker, [&](int64_t row) { capture(index, row); });
 }
 
@@ -353,7 +377,7 @@ void Decoder::Pass::apply(const AdaptedLinear& linear, Input&& input, int64_t in
     args.first_updated = first;
   }
   args.rows = rows_.count;
-  args.out_features = linear.weight->out_features() / (epilogue == Epilogue::kSiluMul ? 2 : 1);
+  args.out_features = linear.weight->out_features() / (is_gated(epilogue) ? 2 : 1);
   args.bias = linear.weight->bias();
   args.epilogue = epilogue;
   args.output = output;
@@ -362,6 +386,24 @@ void Decoder::Pass::apply(const AdaptedLinear& linear, Input&& input, int64_t in
     args.weights = {linear.weight->packed(), linear.weight->depth(), input(), input_stride};
     table_.linear(args, panels);
   });
+}
+
+// Adds W x to the residual, after its norm if it has one.
+template <typename Input>
+void Decoder::Pass::add_to_residual(const AdaptedLinear& linear, Input&& input, int64_t input_stride,
+                                    const std::vector<float>& norm, Worker& worker) const {
+  if (norm.empty()) {
+    return apply(linear, input, input_stride, Epilogue::kAdd, work_.residual.data(), spec_.hidden_size, worker);
+  }
+  apply(linear, input, input_stride, Epilogue::kStoreFloat, work_.projected.data(), spec_.hidden_size, worker);
+  each_row(worker, [&](int64_t row) { add_projected(norm, row); });
+}
+
+void Decoder::Pass::add_projected(const std::vector<float>& norm, int64_t row) const {
+  const int64_t size = spec_.hidden_size;
+  float *projected = floats(work_.projected, row * size), *residual = floats(work_.residual, row * size);
+  table_.rms_norm(DType::kFloat32, projected, norm.data(), size, spec_.rms_norm_eps, projected);
+  for (int64_t i = 0; i < size; ++i) residual[i] += projected[i];
 }
 
 const PagedCache& Decoder::Pass::cache_of(int64_t row) const {
@@ -378,7 +420,7 @@ void Decoder::Pass::rope_and_store(int64_t index, RowRange rows, RowRange kv_hea
   args.num_kv_heads = spec_.num_kv_heads;
   args.head_dim = spec_.head_dim;
   args.qkv = floats(work_.qkv);
-  args.angles = floats(work_.angles);
+  args.angles = floats(work_.angles, layer.rotary_table * work_.capacity * spec_.head_dim);
   args.q_norm = layer.q_norm.empty() ? nullptr : layer.q_norm.data();
   args.k_norm = layer.k_norm.empty() ? nullptr : layer.k_norm.data();
   args.eps = spec_.rms_norm_eps;

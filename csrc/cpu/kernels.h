@@ -31,12 +31,18 @@ struct LinearTerm {
 };
 
 enum class Epilogue {
-  kStore,       // output, of the dtype, = y
-  kStoreFloat,  // output, float32, = y
-  kAdd,         // output, float32, += y
-  kSiluMul,     // output, of the dtype, = silu(gate) * up; the strips of a panel are gate and up
-  kSelect,      // y are logits, which `select` takes in
+  kStore,        // output, of the dtype, = y
+  kStoreFloat,   // output, float32, = y
+  kAdd,          // output, float32, += y
+  kSiluMul,      // output, of the dtype, = silu(gate) * up; the strips of a panel are gate and up
+  kGeluTanhMul,  // output, of the dtype, = gelu_tanh(gate) * up, likewise
+  kSelect,       // y are logits, which `select` takes in
 };
+
+// Whether the strips of a panel are gate and up.
+static inline bool is_gated(Epilogue epilogue) {
+  return epilogue == Epilogue::kSiluMul || epilogue == Epilogue::kGeluTanhMul;
+}
 
 // The first entries in rank of one row of logits, as one thread meets them: at most `capacity` of those it was shown.
 struct LogitRanking {
@@ -64,7 +70,7 @@ struct LinearArgs {
   LinearTerm update;  // `packed` is null if there is none
   int64_t first_updated;
   int64_t rows;
-  int64_t out_features;  // of the output, half of y's with kSiluMul
+  int64_t out_features;  // of the output, half of y's if gated
   const float* bias;     // [num_panels * width] or null
   Epilogue epilogue;
   void* output;  // [rows, out_features]; not read with kSelect

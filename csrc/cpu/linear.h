@@ -107,15 +107,26 @@ static void add_update(const LinearArgs& args, int64_t panel, RowRange rows, flo
   for (int64_t i = 0; i < (updated.end - updated.begin) * kPanelWidth; ++i) tile[i] += update[i];
 }
 
-// output[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)).
+// output[i] = gate[i] * sigmoid(argument[i]) * up[i], sigmoid(x) = 1 / (1 + exp(-x)).
 template <typename T>
-static void silu_mul(const float* gate, const float* up, int64_t size, T* output) {
+static void sigmoid_mul(const float* gate, const float* argument, const float* up, int64_t size, T* output) {
   float product[kLanes];
-  // exp(-|x|) cannot overflow: silu(x) = x * (x < 0 ? e : 1) / (1 + e).
-  for (int i = 0; i < kLanes; ++i) product[i] = -fabsf(gate[i]);
+  // exp(-|x|) cannot overflow: sigmoid(x) = (x < 0 ? e : 1) / (1 + e).
+  for (int i = 0; i < kLanes; ++i) product[i] = -fabsf(argument[i]);
   store(product, exp_nonpositive(load(product)));
-  for (int i = 0; i < kLanes; ++i) product[i] = gate[i] * (gate[i] < 0.0f ? product[i] : 1.0f) / (1.0f + product[i]);
+  for (int i = 0; i < kLanes; ++i) {
+    product[i] = gate[i] * (argument[i] < 0.0f ? product[i] : 1.0f) / (1.0f + product[i]);
+  }
   for (int64_t i = 0; i < size; ++i) from_float(product[i] * up[i], output + i);
+}
+
+// output[i] = gelu_tanh(gate[i]) * up[i]. With t = sqrt(2 / pi) * (x + 0.044715 x^3), gelu_tanh(x) is defined as
+// x * (1 + tanh(t)) / 2, which is x * sigmoid(2 t): nothing cancels where tanh(t) is close to -1.
+template <typename T>
+static void gelu_tanh_mul(const float* gate, const float* up, int64_t size, T* output) {
+  float argument[kLanes];
+  for (int i = 0; i < kLanes; ++i) argument[i] = gate[i] * (1.59576912f + 0.0713548163f * gate[i] * gate[i]);
+  sigmoid_mul(gate, argument, up, size, output);
 }
 
 // Writes the features of a panel for one row, of which `tile` has the sums.
@@ -124,7 +135,7 @@ static void finish_row(const LinearArgs& args, int64_t panel, int64_t row, float
   if (args.bias != nullptr) {
     for (int i = 0; i < kPanelWidth; ++i) tile[i] += args.bias[panel * kPanelWidth + i];
   }
-  const int64_t features = args.epilogue == Epilogue::kSiluMul ? kLanes : kPanelWidth;
+  const int64_t features = is_gated(args.epilogue) ? kLanes : kPanelWidth;
   const int64_t first = panel * features, rest = args.out_features - first;
   const int64_t size = rest < features ? rest : features;
   const int64_t offset = row * args.output_stride + first;
@@ -141,7 +152,10 @@ static void finish_row(const LinearArgs& args, int64_t panel, int64_t row, float
       for (int64_t i = 0; i < size; ++i) floats[i] += tile[i];
       break;
     case Epilogue::kSiluMul:
-      silu_mul(tile, tile + kLanes, size, stored);
+      sigmoid_mul(tile, tile, tile + kLanes, size, stored);  // silu(x) = x * sigmoid(x)
+      break;
+    case Epilogue::kGeluTanhMul:
+      gelu_tanh_mul(tile, tile + kLanes, size, stored);
       break;
     case Epilogue::kSelect:
       fold_logits(*args.select, panel, row, first, tile, size, &args.rankings[row]);

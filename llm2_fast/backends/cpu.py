@@ -1,4 +1,4 @@
-"""The cpu backend: compiled decoders of the Llama family in float32 or bfloat16."""
+"""The cpu backend: compiled decoders of the Llama and Gemma-3 families in float32 or bfloat16."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llm2_fast.verifier.scorer import Scorer
 
 
 class CpuBackend(Backend):
-    """Runs models of the Llama family with any verifier, a step per call of the C++ extension.
+    """Runs models of the Llama and Gemma-3 families with any verifier, a step per call of the C++ extension.
 
     A row's results are bitwise the same alone, in any batch, with any number of threads and after recomputation.
     Threads: `torch.get_num_threads()`.

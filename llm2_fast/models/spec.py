@@ -1,4 +1,4 @@
-"""`DecoderSpec`: the shape of a decoder of the Llama family, read from a Hugging Face model."""
+"""`DecoderSpec`: the shape of a decoder of the Llama or Gemma-3 family, read from a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -7,15 +7,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model, Qwen3Model
+from transformers import Gemma3TextModel, LlamaModel, MistralModel, PreTrainedModel, Qwen2Model, Qwen3Model
 
 from llm2_fast.errors import ArgumentError
 
-_FAMILIES = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+_FAMILIES = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model, Gemma3TextModel)
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # Scalings whose frequencies do not change with the length of the sequence.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-_LOGIT_TRANSFORMS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_LOGIT_TRANSFORMS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "attn_logit_softcapping")
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Rotary positions of some of the layers.
+
+    Attributes:
+        inv_freq: Frequencies, radians per position, [head_dim / 2].
+        scale: Factor on the cosines and sines.
+    """
+
+    inv_freq: tuple[float, ...]
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -27,8 +41,10 @@ class DecoderSpec:
         hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, vocab_size: Sizes.
         rms_norm_eps: Added to the mean square in every norm.
         attention_scale: Factor on the dot products of queries and keys.
-        inv_freq: Rotary frequencies, radians per position, [head_dim / 2].
-        rope_scale: Factor on the rotary cosines and sines.
+        embedding_scale: Factor on the embeddings, which are then rounded to `dtype`.
+        activation: "silu" or "gelu_tanh", of the gate.
+        rotary_tables: All that occur.
+        layer_rotary_tables: Per layer, an index into `rotary_tables`.
         sliding_windows: Per layer, 0 for none.
     """
 
@@ -42,8 +58,10 @@ class DecoderSpec:
     vocab_size: int
     rms_norm_eps: float
     attention_scale: float
-    inv_freq: tuple[float, ...]
-    rope_scale: float
+    embedding_scale: float
+    activation: str
+    rotary_tables: tuple[RotaryTable, ...]
+    layer_rotary_tables: tuple[int, ...]
     sliding_windows: tuple[int, ...]
 
     @classmethod
@@ -57,10 +75,7 @@ class DecoderSpec:
         config = decoder.config
         _check(model)
         attention = decoder.layers[0].self_attn
-        # A rotary module of our own: the model's may have been rounded to bfloat16 together with its weights.
-        rotary = type(decoder.rotary_emb)(config)
-        inv_freq = tuple(rotary.inv_freq.float().tolist())
-        _require(2 * len(inv_freq) == attention.head_dim, "rotary positions over the whole head", "over part of it")
+        rotary_tables, layer_rotary_tables = _rotary(decoder, attention.head_dim)
         return cls(
             dtype=_DTYPES[model.dtype],
             hidden_size=config.hidden_size,
@@ -72,8 +87,10 @@ class DecoderSpec:
             vocab_size=config.vocab_size,
             rms_norm_eps=config.rms_norm_eps,
             attention_scale=attention.scaling,
-            inv_freq=inv_freq,
-            rope_scale=float(rotary.attention_scaling),
+            embedding_scale=_embedding_scale(decoder.embed_tokens),
+            activation=_ACTIVATIONS[_activation(config)],
+            rotary_tables=rotary_tables,
+            layer_rotary_tables=layer_rotary_tables,
             sliding_windows=_sliding_windows(config),
         )
 
@@ -85,10 +102,13 @@ def _check(model: PreTrainedModel) -> None:
     config = decoder.config
     _require(model.dtype in _DTYPES, "dtype float32 or bfloat16", str(model.dtype))
     _require(model.device.type == "cpu", "a model on the CPU", str(model.device))
-    _require(config.hidden_act == "silu", "hidden_act 'silu'", repr(config.hidden_act))
+    activation = _activation(config)
+    _require(activation in _ACTIVATIONS, f"activation {' or '.join(map(repr, _ACTIVATIONS))}", repr(activation))
     _require(config.hidden_size % 2 == 0, "an even hidden_size", str(config.hidden_size))
     rope_type = decoder.rotary_emb.rope_type
-    _require(rope_type in _ROPE_TYPES, f"rope_type {' or '.join(map(repr, _ROPE_TYPES))}", repr(rope_type))
+    for each in rope_type.values() if isinstance(rope_type, dict) else (rope_type,):
+        _require(each in _ROPE_TYPES, f"rope_type {' or '.join(map(repr, _ROPE_TYPES))}", repr(each))
+    _require(not getattr(config, "use_bidirectional_attention", False), "causal attention", "bidirectional attention")
     for name in _LOGIT_TRANSFORMS:
         value = getattr(config, name, None)
         _require(value is None, f"no {name}", str(value))
@@ -101,6 +121,32 @@ def _check(model: PreTrainedModel) -> None:
 def _require(condition: bool, expected: str, actual: str) -> None:
     if not condition:
         raise ArgumentError("model", f"{expected} for the cpu backend", actual)
+
+
+def _activation(config: Any) -> str:
+    return config.hidden_activation if hasattr(config, "hidden_activation") else config.hidden_act
+
+
+def _embedding_scale(embed_tokens: nn.Embedding) -> float:
+    scale = getattr(embed_tokens, "embed_scale", None)  # of Gemma's
+    return 1.0 if scale is None else float(scale.to(embed_tokens.weight.dtype))
+
+
+def _rotary(decoder: PreTrainedModel, head_dim: int) -> tuple[tuple[RotaryTable, ...], tuple[int, ...]]:
+    """Rotary tables, and the index of each layer's."""
+    config = decoder.config
+    # A rotary module of our own: the model's may have been rounded to bfloat16 together with its weights.
+    rotary = type(decoder.rotary_emb)(config)
+    # Gemma's has one table for each type of layer, the others have one.
+    per_type = isinstance(rotary.rope_type, dict)
+    layer_types = config.layer_types if per_type else [""] * config.num_hidden_layers
+    kinds = list(dict.fromkeys(layer_types))
+    tables = []
+    for prefix in (f"{kind}_" if per_type else "" for kind in kinds):
+        inv_freq = tuple(getattr(rotary, f"{prefix}inv_freq").float().tolist())
+        _require(2 * len(inv_freq) == head_dim, "rotary positions over the whole head", "over part of it")
+        tables.append(RotaryTable(inv_freq, float(getattr(rotary, f"{prefix}attention_scaling"))))
+    return tuple(tables), tuple(kinds.index(kind) for kind in layer_types)
 
 
 def _sliding_windows(config: Any) -> tuple[int, ...]:

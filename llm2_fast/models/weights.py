@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.dlpack import to_dlpack
 from transformers import PreTrainedModel
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from llm2_fast.models.spec import DecoderSpec
 
@@ -30,7 +31,9 @@ class DecoderLayer:
     """A layer as the extension reads it. Norms are DLPack capsules of float32 tensors."""
 
     input_norm: object
-    post_attention_norm: object
+    attention_output_norm: object | None
+    mlp_input_norm: object
+    mlp_output_norm: object | None
     q_norm: object | None
     k_norm: object | None
     qkv: AdaptedLinear
@@ -38,6 +41,7 @@ class DecoderLayer:
     gate_up: AdaptedLinear
     down: AdaptedLinear
     sliding_window: int
+    rotary_table: int
 
 
 class PackedWeights:
@@ -58,7 +62,7 @@ class PackedWeights:
         decoder = model.base_model
         self._layers = [self._pack_layer(layer) for layer in decoder.layers]
         self._norms = [_norms(layer) for layer in decoder.layers]
-        self._final_norm = decoder.norm.weight.detach().float()
+        self._final_norm = _norm_weight(decoder.norm)
         lm_head = model.get_output_embeddings()
         self._lm_head = None if lm_head is None else self._pack([lm_head])
         embedding = decoder.embed_tokens.weight.detach()
@@ -72,14 +76,14 @@ class PackedWeights:
             updates: LoRA updates by module path below the decoder, e.g. "layers.0.self_attn.q_proj".
         """
         layers = []
-        windows = self.spec.sliding_windows
-        for index, (packed, norms, window) in enumerate(zip(self._layers, self._norms, windows, strict=True)):
+        for index, (packed, norms) in enumerate(zip(self._layers, self._norms, strict=True)):
             linears = {
                 name: self._adapt(weight, [f"layers.{index}.{path}" for path in _PATHS[name]], updates or {})
                 for name, weight in packed.items()
             }
             capsules = {name: None if norm is None else to_dlpack(norm) for name, norm in norms.items()}
-            layers.append(DecoderLayer(**capsules, **linears, sliding_window=window))
+            window, table = self.spec.sliding_windows[index], self.spec.layer_rotary_tables[index]
+            layers.append(DecoderLayer(**capsules, **linears, sliding_window=window, rotary_table=table))
         embedding = None if self._embedding is None else to_dlpack(self._embedding)
         return self._extension.Decoder(self.spec, layers, to_dlpack(self._final_norm), embedding, self._lm_head)
 
@@ -145,10 +149,19 @@ _PATHS = {
 
 
 def _norms(layer: nn.Module) -> dict[str, torch.Tensor | None]:
+    sandwich = hasattr(layer, "pre_feedforward_layernorm")  # norms before and after attention and MLP
     modules = {
         "input_norm": layer.input_layernorm,
-        "post_attention_norm": layer.post_attention_layernorm,
+        "attention_output_norm": layer.post_attention_layernorm if sandwich else None,
+        "mlp_input_norm": layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm,
+        "mlp_output_norm": layer.post_feedforward_layernorm if sandwich else None,
         "q_norm": getattr(layer.self_attn, "q_norm", None),
         "k_norm": getattr(layer.self_attn, "k_norm", None),
     }
-    return {name: None if module is None else module.weight.detach().float() for name, module in modules.items()}
+    return {name: None if module is None else _norm_weight(module) for name, module in modules.items()}
+
+
+def _norm_weight(norm: nn.Module) -> torch.Tensor:
+    """What a norm multiplies by, float32."""
+    weight = norm.weight.detach().float()
+    return 1.0 + weight if isinstance(norm, Gemma3RMSNorm) else weight

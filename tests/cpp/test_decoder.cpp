@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cpu/kernels.h"
 #include "check.h"
 #include "llm2_fast/decoder.h"
 #include "llm2_fast/step.h"
@@ -95,6 +96,45 @@ void test_packed_linear(Isa isa) {
   }
 }
 
+double activate(Epilogue activation, double x) {
+  if (activation == Epilogue::kSiluMul) return x / (1.0 + std::exp(-x));
+  return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+}
+
+// The gates are the weights of a layer with the input 1, the factors beside them 2.
+void test_gates(Isa isa) {
+  const std::vector<float> up(57, 2.0f), gate = [&] {
+    std::vector<float> values = {0.0f, -0.0f, 1e-30f, -1e-30f, 89.0f, -89.0f, 1e20f, -1e20f};
+    for (float x = -12.0f; values.size() < up.size(); x += 0.5f) values.push_back(x);
+    return values;
+  }();
+  const int64_t size = static_cast<int64_t>(gate.size());
+  const PackedLinear packed(DType::kFloat32, {{gate.data(), size, 1, nullptr}, {up.data(), size, 1, nullptr}}, 1,
+                            Arrangement::kInterleaved, isa, 1);
+  const std::vector<float> input(static_cast<size_t>(packed.depth()), 1.0f);
+  for (Epilogue activation : {Epilogue::kSiluMul, Epilogue::kGeluTanhMul}) {
+    current_case = std::string(activation == Epilogue::kSiluMul ? "silu " : "gelu_tanh ") + isa_name(isa);
+    std::vector<float> output(gate.size());
+    LinearArgs args = {};
+    args.weights = {packed.packed(), packed.depth(), input.data(), packed.depth()};
+    args.rows = 1;
+    args.out_features = args.output_stride = size;
+    args.epilogue = activation;
+    args.output = output.data();
+    kernels(isa).linear(args, {0, packed.num_panels()});
+    for (size_t i = 0; i < gate.size(); ++i) {
+      const double expected = 2.0 * activate(activation, gate[i]);
+      CHECK(std::abs(output[i] - expected) <= 1e-6 * std::abs(expected) + 1e-12);
+    }
+  }
+}
+
+enum class Family { kLlama, kGemma3 };
+
+std::string name_of(Family family) {
+  return family == Family::kLlama ? "llama " : "gemma3 ";
+}
+
 // A small random decoder, with a low-rank update on its query, key and value layers, and a cache for it.
 template <typename T>
 class TinyDecoder {
@@ -102,25 +142,33 @@ class TinyDecoder {
   static constexpr int64_t kHidden = 20, kHeads = 3, kKvHeads = 1, kHeadDim = 6, kInner = 23, kVocab = 41, kRank = 3;
   static constexpr int64_t kLayers = 2, kSlots = 3, kBlocks = 240, kBlockSize = 4;
 
-  explicit TinyDecoder(Isa isa)
+  TinyDecoder(Family family, Isa isa)
       : keys_(static_cast<size_t>(kLayers * kBlocks * kKvHeads * kBlockSize * kHeadDim)),
         values_(keys_.size()),
         hidden_(static_cast<size_t>(kSlots * kHidden)) {
     // Slots get their blocks in an order that is not that of memory.
     for (int32_t i = 0; i < kBlocks; ++i) block_table_.push_back(i * 7 % static_cast<int32_t>(kBlocks));
     DecoderWeights weights;
-    weights.spec = {dtype_of<T>(),      kHidden, kInner, kHeads, kKvHeads, kHeadDim, kVocab, 1e-5f, 0.4f,
-                    {1.0f, 0.5f, 0.1f}, 1.0f};
+    weights.spec = {dtype_of<T>(), kHidden, kInner, kHeads, kKvHeads,          kHeadDim,
+                    kVocab,        1e-5f,   0.4f,   1.0f,   Activation::kSilu, {{{1.0f, 0.5f, 0.1f}, 1.0f}}};
+    const bool gemma = family == Family::kGemma3;
+    if (gemma) {
+      weights.spec.embedding_scale = 4.5f;
+      weights.spec.activation = Activation::kGeluTanh;
+      weights.spec.rotary_tables.push_back({{0.3f, 0.2f, 0.1f}, 1.2f});
+    }
     constexpr int64_t kQkv = (kHeads + 2 * kKvHeads) * kHeadDim;
     for (int64_t i = 0; i < kLayers; ++i) {
       DecoderLayer layer = {};
-      layer.input_norm = layer.post_attention_norm = random_values<float>(kHidden);
+      layer.input_norm = layer.mlp_input_norm = random_values<float>(kHidden);
+      if (gemma) layer.attention_output_norm = layer.mlp_output_norm = random_values<float>(kHidden);
       layer.q_norm = layer.k_norm = random_values<float>(kHeadDim);
       layer.qkv = {pack({kQkv}, kHidden, isa), pack({kRank}, kHidden, isa), pack({kQkv}, kRank, isa)};
       layer.o = {pack({kHidden}, kHeads * kHeadDim, isa), nullptr, nullptr};
       layer.gate_up = {pack({kInner, kInner}, kHidden, isa), nullptr, nullptr};
       layer.down = {pack({kHidden}, kInner, isa), nullptr, nullptr};
       layer.sliding_window = i == 0 ? 0 : 3;
+      layer.rotary_table = gemma ? i : 0;
       weights.layers.push_back(std::move(layer));
     }
     weights.final_norm = random_values<float>(kHidden);
@@ -241,9 +289,9 @@ void test_selection(TinyDecoder<T>& tiny, Isa isa) {
 
 // A token gives the same bits as part of a prompt, alone, and as a branch that is kept, with any number of threads.
 template <typename T>
-void test_decoder(Isa isa) {
-  current_case = std::string("decoder ") + isa_name(isa);
-  TinyDecoder<T> tiny(isa);
+void test_decoder(Family family, Isa isa) {
+  current_case = name_of(family) + "decoder " + isa_name(isa);
+  TinyDecoder<T> tiny(family, isa);
   const std::vector<int32_t> tokens = {3, 14, 15, 9, 26, 5, 35, 8, 40};
   const std::vector<T> expected = tiny.extend(0, tokens, 0, 1);
   CHECK(std::isfinite(to_float(expected[0])) && to_float(expected[0]) != 0.0f);
@@ -269,9 +317,9 @@ void test_decoder(Isa isa) {
 
 // Rows with the low-rank updates beside rows without, each with a cache of their own, give what they give alone.
 template <typename T>
-void test_adapted_rows(Isa isa) {
-  current_case = std::string("adapted rows ") + isa_name(isa);
-  TinyDecoder<T> tiny(isa);
+void test_adapted_rows(Family family, Isa isa) {
+  current_case = name_of(family) + "adapted rows " + isa_name(isa);
+  TinyDecoder<T> tiny(family, isa);
   const std::vector<int32_t> tokens = {3, 14, 15, 9, 3, 14, 15, 9}, positions = {0, 1, 2, 3, 0, 1, 2, 3};
   const std::vector<uint8_t> stored(8, 1);
   std::vector<std::vector<T>> alone;
@@ -302,9 +350,9 @@ void test_adapted_rows(Isa isa) {
 
 // A prefix that threads share in parts gives the bits of one that a thread reads alone.
 template <typename T>
-void test_long_prefix(Isa isa) {
-  current_case = std::string("long prefix ") + isa_name(isa);
-  TinyDecoder<T> tiny(isa);
+void test_long_prefix(Family family, Isa isa) {
+  current_case = name_of(family) + "long prefix " + isa_name(isa);
+  TinyDecoder<T> tiny(family, isa);
   std::vector<int32_t> tokens;
   for (int32_t i = 0; i < 300; ++i) tokens.push_back(i * 11 % static_cast<int32_t>(tiny.kVocab));
   const std::vector<T> expected = tiny.extend(0, tokens, 0, 1);
@@ -319,12 +367,15 @@ int main() {
   for (Isa isa : runnable_isas()) {
     test_packed_linear<float>(isa);
     test_packed_linear<BFloat16>(isa);
-    test_decoder<float>(isa);
-    test_decoder<BFloat16>(isa);
-    test_adapted_rows<float>(isa);
-    test_adapted_rows<BFloat16>(isa);
-    test_long_prefix<float>(isa);
-    test_long_prefix<BFloat16>(isa);
+    test_gates(isa);
+    for (Family family : {Family::kLlama, Family::kGemma3}) {
+      test_decoder<float>(family, isa);
+      test_decoder<BFloat16>(family, isa);
+      test_adapted_rows<float>(family, isa);
+      test_adapted_rows<BFloat16>(family, isa);
+      test_long_prefix<float>(family, isa);
+      test_long_prefix<BFloat16>(family, isa);
+    }
     std::printf("%s: done\n", isa_name(isa));
   }
   return report();

@@ -1,4 +1,5 @@
-// A decoder of the Llama family on the CPU: passes over branches with a paged key/value cache, in float32 arithmetic.
+// A decoder of the Llama or Gemma-3 family on the CPU: passes over branches with a paged key/value cache, in float32
+// arithmetic.
 //
 // Rows see the committed prefix of their sequence before their position, and themselves, always in this order. A row's
 // result is therefore bitwise the same as a token of a prompt, as the last token, or as a branch, with whatever rows
@@ -14,14 +15,23 @@
 
 namespace llm2_fast {
 
+enum class Activation { kSilu, kGeluTanh };
+
+// Rotary positions of some of the layers.
+struct RotaryTable {
+  std::vector<float> inv_freq;  // [head_dim / 2], radians per position
+  float scale;                  // on cosines and sines
+};
+
 // What the model looks like; the fields have the names of llm2_fast.models.spec.DecoderSpec.
 struct DecoderSpec {
   DType dtype;  // of weights, cache and the inputs of linear layers
   int64_t hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size;
   float rms_norm_eps;
-  float attention_scale;        // on the dot products
-  std::vector<float> inv_freq;  // [head_dim / 2], rotary frequencies
-  float rope_scale;             // on cosines and sines
+  float attention_scale;  // on the dot products
+  float embedding_scale;  // on the embeddings, which are then rounded to the dtype
+  Activation activation;  // of the gate
+  std::vector<RotaryTable> rotary_tables;
 };
 
 // A linear layer, perhaps with a low-rank update: y = W x + B A x.
@@ -32,10 +42,12 @@ struct AdaptedLinear {
 };
 
 struct DecoderLayer {
-  std::vector<float> input_norm, post_attention_norm;  // [hidden_size]
-  std::vector<float> q_norm, k_norm;                   // [head_dim], or empty
+  std::vector<float> input_norm, mlp_input_norm;              // [hidden_size]
+  std::vector<float> attention_output_norm, mlp_output_norm;  // [hidden_size], ahead of the residual; or empty
+  std::vector<float> q_norm, k_norm;                          // [head_dim], or empty
   AdaptedLinear qkv, o, gate_up, down;
   int64_t sliding_window;  // 0 for none
+  int64_t rotary_table;    // index
 };
 
 // Scalar head: score . x + score_bias, or score . silu(dense x + dense_bias) + score_bias, of the hidden states of
