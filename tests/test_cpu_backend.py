@@ -13,8 +13,10 @@ import llm2_fast
 import tiny
 from llm2_fast import ArgumentError, GenerationConfig, ops
 from llm2_fast.backends import cached_decoder
-from llm2_fast.backends.cpu import CpuBackend
+from llm2_fast.backends.cpu import CpuBackend, _lora_updates
+from llm2_fast.cache.slots import SlotCache
 from llm2_fast.engine import _log_reference
+from llm2_fast.models.decoder import Decoder, Rows
 from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.models.weights import PackedWeights
@@ -135,6 +137,30 @@ def test_shapes(family, overrides):
     model = tiny.causal_lm(family, **overrides)
     compare_with_reference(model, head_verifier(model))
     compare_with_reference(model, None)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_hidden_states(family, adapted):
+    model = tiny.causal_lm(family).to(torch.bfloat16)
+    reference, updates = Decoder(model.base_model), None
+    if adapted:
+        reference = case(family, "lora").verifier.scorer(LoadedModel(model, None, "tiny")).decoder
+        updates = _lora_updates(reference)
+    weights = PackedWeights(ops.cpu_extension(), model)
+    compiled = cached_decoder.CachedDecoder(ops.cpu_extension(), weights.decoder(updates), weights.spec)
+    for prompt in PROMPTS:
+        slot, cache = compiled.allocate(), SlotCache()
+        compiled.extend([slot], [prompt])
+        (expected,) = reference.forward(cache, [Rows(cache.allocate(), chain=prompt)])
+        tolerance = TOLERANCES["decoder.hidden_states", torch.bfloat16]
+        torch.testing.assert_close(compiled.hidden_state(slot), expected[0, -1], **tolerance)
+
+
+def test_float32_model_with_a_bfloat16_adapter():
+    model, verifier, _ = vars(case("llama", "lora")).values()
+    tensors = {name: tensor.bfloat16() for name, tensor in verifier._tensors.items()}
+    compare_with_reference(model, LoraVerifier(verifier._config, tensors), trace=True)
 
 
 @pytest.mark.parametrize("tied", [True, False])

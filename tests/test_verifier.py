@@ -77,6 +77,22 @@ def test_saved_lora_verifier_loads_in_peft(tmp_path):
     torch.testing.assert_close(expected(oracle.classifier_score(adapted)), expected(score))
 
 
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_is_bitwise_that_of_peft_in_every_dtype(dtype, adapter_dtype, tmp_path):
+    case("llama", "lora").verifier.save_pretrained(tmp_path)
+    edit_tensors(tmp_path / "adapter_model.safetensors", lambda t: {k: v.to(adapter_dtype) for k, v in t.items()})
+    model, token_ids = tiny.causal_lm("llama").to(dtype), torch.tensor([TOKENS])
+    decoder = Verifier.from_pretrained(tmp_path, model).scorer(LoadedModel(model, None, "tiny")).decoder
+    with torch.no_grad(), decoder._applied():
+        ours = model.base_model(token_ids).last_hidden_state
+    classifier = AutoModelForSequenceClassification.from_config(tiny.config("llama", num_labels=1)).to(dtype)
+    classifier.base_model.load_state_dict(model.base_model.state_dict())
+    adapted = PeftModel.from_pretrained(classifier, tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(ours, adapted.base_model.model.base_model(token_ids).last_hidden_state)
+
+
 def test_peft_checkpoint_with_patterns_and_rslora(tmp_path):
     from peft import LoraConfig, get_peft_model
 

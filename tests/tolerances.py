@@ -22,6 +22,9 @@ TOLERANCES: dict[tuple[str, torch.dtype], dict[str, float]] = {
     ("linear", torch.bfloat16): {"rtol": 1e-5, "atol": 2e-5},
     # Logits up to about 30 of networks of three layers, summed in two orders.
     ("decoder.logits", torch.float32): {"rtol": 1e-5, "atol": 2e-4},
+    # Values up to about 4: the reference rounds to 8 bits of mantissa after every op of its three layers, the compiled
+    # decoder where a linear layer reads or a cache is written. Either is this far from float32.
+    ("decoder.hidden_states", torch.bfloat16): {"rtol": 0.0, "atol": 0.125},
     # Two logarithms per draw, each within one unit in the last place.
     ("gumbel", torch.float32): {"rtol": 1e-6, "atol": 1e-6},
     # Sums of terms up to about 50, of hidden states that are summed in another order with a cache than without.

@@ -109,7 +109,7 @@ class PackedWeights:
         )
 
     def _adapt(self, weight: Any, paths: list[str], updates: dict[str, LoraUpdate]) -> AdaptedLinear:
-        """The updates of all modules of a packed layer as one: A stacked, B block-diagonal."""
+        """The updates of all modules of a packed layer as one: A stacked, B block-diagonal, rounded to the dtype."""
         present = [updates[path] for path in paths if path in updates]
         if not present:
             return AdaptedLinear(weight)

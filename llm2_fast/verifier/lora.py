@@ -42,11 +42,11 @@ _HARMLESS_INITIALIZATIONS = (True, False, None, "gaussian")  # others change the
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """The low-rank update of one linear module: `x -> scaling * B A x`.
+    """The low-rank update of one linear module: `x -> scaling * B A x`, float32 whatever the model's dtype, as in PEFT.
 
     Attributes:
-        a: [r, in_features].
-        b: [out_features, r].
+        a: float32 [r, in_features].
+        b: float32 [out_features, r].
         scaling: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
     """
 
@@ -96,7 +96,7 @@ class LoraDecoder(Decoder):
     @contextmanager
     def _applied(self) -> Iterator[None]:
         def hook(delta: LoraDelta) -> Any:
-            return lambda module, args, output: output + delta(args[0]).to(output.dtype)
+            return lambda module, args, output: (output + delta(args[0])).to(output.dtype)
 
         with ExitStack() as hooks:
             for module, delta in self.adapted:
@@ -209,7 +209,7 @@ def _parse_tensors(
         partner = name.replace(".lora_A.", ".lora_B.")
         if partner not in tensors:
             raise CheckpointError(f"adapter_model.safetensors: expected {partner} beside {name}")
-        deltas[path] = LoraDelta(a, tensors[partner], _scaling(config, path, a.shape[0]))
+        deltas[path] = LoraDelta(a.float(), tensors[partner].float(), _scaling(config, path, a.shape[0]))
         used |= {name, partner}
     if left := sorted(set(tensors) - used):
         raise CheckpointError(
