@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils.dlpack import to_dlpack
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma3ForConditionalGeneration
 
 import llm2_fast
 import tiny
@@ -23,7 +24,7 @@ from llm2_fast.models.weights import PackedWeights
 from llm2_fast.sequence import Sequence
 from llm2_fast.verifier import FullVerifier, HeadVerifier, LoraVerifier, ScoreHead
 from tolerances import TOLERANCES
-from verifiers import KINDS, case, head_verifier
+from verifiers import KINDS, case, full_case, head_verifier, lora_case
 
 pytestmark = [
     pytest.mark.skipif(ops.cpu_extension() is None, reason=str(ops.cpu_extension_problem())),
@@ -147,8 +148,9 @@ def test_bfloat16_hidden_states(family, adapted):
     if adapted:
         reference = case(family, "lora").verifier.scorer(LoadedModel(model, None, "tiny")).decoder
         updates = _lora_updates(reference)
-    weights = PackedWeights(ops.cpu_extension(), model)
-    compiled = cached_decoder.CachedDecoder(ops.cpu_extension(), weights.decoder(updates), weights.spec)
+    extension = ops.cpu_extension()
+    weights = PackedWeights(extension, model)
+    compiled = cached_decoder.CachedDecoder(extension, weights.decoder(updates), weights.spec, adapted=adapted)
     for prompt in PROMPTS:
         slot, cache = compiled.allocate(), SlotCache()
         compiled.extend([slot], [prompt])
@@ -184,6 +186,22 @@ def test_scaled_embeddings_are_those_of_the_model(dtype, tied):
         head = extension.ScoreHead([0], 32, 0, None, None, to_dlpack(weight), 0.0)
         expected = model.model.embed_tokens(torch.arange(tiny.VOCAB))[:, feature].float()
         assert torch.equal(decoder.forward(rows, head), expected)
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_text_of_a_model_that_can_see_images(kind):
+    model = tiny.plausible(tiny.randomize(AutoModelForCausalLM.from_config(tiny.image_text_config()), seed=0))
+    assert type(model) is Gemma3ForConditionalGeneration
+    if kind is None:
+        verifier = None
+    elif kind == "head":
+        verifier = head_verifier(model)
+    elif kind == "lora":
+        verifier = lora_case(model).verifier
+    else:
+        classifier = AutoModelForSequenceClassification.from_config(tiny.image_text_config(num_labels=1))
+        verifier = full_case(model, tiny.randomize(classifier, seed=1)).verifier
+    compare_with_reference(model, verifier, trace=True)
 
 
 def test_head_with_a_hidden_layer_over_two_layers():
@@ -358,7 +376,7 @@ def test_an_adapted_model_is_refused_by_name():
     model = tiny.causal_lm("llama")
     layer = model.model.layers[1].self_attn
     layer.q_proj = torch.nn.Sequential(layer.q_proj)
-    assert "model.layers.1.self_attn.q_proj" in CpuBackend.unsupported(LoadedModel(model, None, "tiny"), None)
+    assert "layers.1.self_attn.q_proj" in CpuBackend.unsupported(LoadedModel(model, None, "tiny"), None)
 
 
 def test_a_patched_model_is_refused():

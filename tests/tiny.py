@@ -6,6 +6,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -73,6 +74,15 @@ def config(family: str, **overrides: object) -> PreTrainedConfig:
     return config_class(**{**extra, **shape})
 
 
+def image_text_config(**overrides: object) -> PreTrainedConfig:
+    """The configuration of a tiny Gemma-3 that can also see images."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    tokens = {"mm_tokens_per_image": 1, "boi_token_index": 58, "eoi_token_index": 59, "image_token_index": 60}
+    options = {"tie_word_embeddings": False, **tokens, **overrides}
+    return Gemma3Config(text_config=config("gemma3"), vision_config=vision, **options)
+
+
 def randomize(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """Random weights, large enough that positions and context matter to the logits; evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,9 +96,12 @@ def randomize(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 def causal_lm(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
     """A random causal language model."""
-    model = randomize(AutoModelForCausalLM.from_config(config(family, **overrides)), seed)
+    return plausible(randomize(AutoModelForCausalLM.from_config(config(family, **overrides)), seed))
+
+
+def plausible(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with a few plausible tokens at most steps: neither one nor half the vocabulary."""
     with torch.no_grad():
-        # A few plausible tokens at most steps: neither one nor half the vocabulary.
         model.lm_head.weight *= _LOGIT_STD / model(torch.arange(3, 35)[None]).logits.std()
     return model
 

@@ -41,7 +41,7 @@ def case(family: str, kind: str | None) -> Case:
 
 def head_verifier(model: PreTrainedModel, seed: int = 5) -> HeadVerifier:
     """A random linear head for `model`."""
-    head = ScoreHead(model.config.hidden_size)
+    head = ScoreHead(model.config.get_text_config().hidden_size)
     generator = torch.Generator().manual_seed(seed)
     head.score.weight.data = torch.randn(head.score.weight.shape, generator=generator)
     return HeadVerifier(head, base_name="tiny", base_fingerprint=fingerprint(model))

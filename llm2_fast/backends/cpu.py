@@ -15,7 +15,7 @@ from llm2_fast.backends.cpu_plans import CpuPlan, JointCpuPlan, JointLoraCpuPlan
 from llm2_fast.errors import ArgumentError
 from llm2_fast.models.decoder import FINAL_LAYER
 from llm2_fast.models.loading import LoadedModel
-from llm2_fast.models.spec import DecoderSpec
+from llm2_fast.models.spec import DecoderSpec, text_decoder
 from llm2_fast.models.weights import LoraUpdate, PackedWeights
 from llm2_fast.results import StepOutput
 from llm2_fast.sequence import Sequence
@@ -51,9 +51,9 @@ class CpuBackend(Backend):
         self._llm = CachedDecoder(extension, weights.decoder(updates), weights.spec)
         self._llm.check(model.model)
         self._plan = _make_plan(extension, self._llm, verifier, scorer)
-        configs = [model.model.config]
+        configs = [model.model.config.get_text_config()]
         if isinstance(verifier, FullVerifier):
-            configs.append(verifier.network.config)
+            configs.append(verifier.network.config.get_text_config())
         self.vocab_size = min(config.vocab_size for config in configs)
         self.max_position_embeddings = min(config.max_position_embeddings for config in configs)
 
@@ -98,7 +98,7 @@ def _make_plan(extension: ModuleType, llm: CachedDecoder, verifier: Verifier | N
     """The plan for a verifier's kind."""
     if verifier is None:
         return PlainCpuPlan(extension, llm)
-    head = _pack_head(extension, scorer.head, scorer.decoder.model.config.hidden_size)
+    head = _pack_head(extension, scorer.head, scorer.decoder.model.config.get_text_config().hidden_size)
     if isinstance(verifier, HeadVerifier):
         return JointCpuPlan(extension, llm, head)
     if isinstance(verifier, LoraVerifier):
@@ -111,9 +111,14 @@ def _make_plan(extension: ModuleType, llm: CachedDecoder, verifier: Verifier | N
 
 
 def _lora_updates(decoder: LoraDecoder) -> dict[str, LoraUpdate]:
-    """By module path below the decoder."""
-    paths = {module: path for path, module in decoder.model.named_modules()}
-    return {paths[module]: (delta.a, delta.b * delta.scaling) for module, delta in decoder.adapted}
+    """By module path below the decoder. Modules elsewhere, those that see images, do not see text."""
+    deltas = dict(decoder.adapted)
+    modules = text_decoder(decoder.model).named_modules()
+    return {
+        path: (deltas[module].a, deltas[module].b * deltas[module].scaling)
+        for path, module in modules
+        if module in deltas
+    }
 
 
 def _pack_head(extension: ModuleType, head: ScoreHead | LabelHead, hidden_size: int) -> Any:

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Gemma3TextModel, LlamaModel, MistralModel, PreTrainedModel, Qwen2Model, Qwen3Model
+from transformers import (
+    Gemma3Model,
+    Gemma3TextModel,
+    LlamaModel,
+    MistralModel,
+    PreTrainedModel,
+    Qwen2Model,
+    Qwen3Model,
+)
 
 from llm2_fast.errors import ArgumentError
 
@@ -71,7 +79,7 @@ class DecoderSpec:
         Raises:
             ArgumentError: The model has a part that compiled decoders lack; the message names it.
         """
-        decoder = model.base_model
+        decoder = text_decoder(model)
         config = decoder.config
         _check(model)
         attention = decoder.layers[0].self_attn
@@ -95,8 +103,14 @@ class DecoderSpec:
         )
 
 
+def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder under `model`; under one that can also see images, the part that sees text."""
+    base = model.base_model
+    return base.language_model if type(base) is Gemma3Model else base
+
+
 def _check(model: PreTrainedModel) -> None:
-    decoder = model.base_model
+    decoder = text_decoder(model)
     families = ", ".join(family.__name__ for family in _FAMILIES)
     _require(type(decoder) in _FAMILIES, f"one of {families}", type(decoder).__name__)
     config = decoder.config
@@ -112,10 +126,12 @@ def _check(model: PreTrainedModel) -> None:
     for name in _LOGIT_TRANSFORMS:
         value = getattr(config, name, None)
         _require(value is None, f"no {name}", str(value))
-    for name, module in model.named_modules():
+    linears = {path: module for path, module in decoder.named_modules() if path.endswith("_proj")}
+    if (lm_head := model.get_output_embeddings()) is not None:
+        linears["lm_head"] = lm_head
+    for path, module in linears.items():
         # Quantized and adapted layers compute something else with what they call their weight.
-        if name.endswith("_proj") or name == "lm_head":
-            _require(type(module) is nn.Linear, f"plain linear layers, {name} too", type(module).__name__)
+        _require(type(module) is nn.Linear, f"plain linear layers, {path} too", type(module).__name__)
 
 
 def _require(condition: bool, expected: str, actual: str) -> None:

@@ -12,7 +12,7 @@ from torch.utils.dlpack import to_dlpack
 from transformers import PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-from llm2_fast.models.spec import DecoderSpec
+from llm2_fast.models.spec import DecoderSpec, text_decoder
 
 LoraUpdate = tuple[torch.Tensor, torch.Tensor]  # A [r, in_features] and B [out_features, r] with the scaling in it
 
@@ -59,7 +59,7 @@ class PackedWeights:
         self.spec = DecoderSpec.from_model(model)
         self._extension = extension
         self._dtype = getattr(torch, self.spec.dtype)
-        decoder = model.base_model
+        decoder = text_decoder(model)
         self._layers = [self._pack_layer(layer) for layer in decoder.layers]
         self._norms = [_norms(layer) for layer in decoder.layers]
         self._final_norm = _norm_weight(decoder.norm)
