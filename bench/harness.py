@@ -38,6 +38,11 @@ _rows: list[dict[str, Any]] = []
 
 @cache
 def read_bandwidth() -> float:
+    """`measure_read_bandwidth`, once per process."""
+    return measure_read_bandwidth()
+
+
+def measure_read_bandwidth() -> float:
     """Bytes per second at which this process reads a buffer larger than the last-level cache; best of five."""
     buffer = torch.ones(_BUFFER_BYTES // 4)
     seconds = []

@@ -1,0 +1,211 @@
+"""llm2_fast beside the engines that people decode with on a CPU: tokens per second, greedy, prefill included.
+
+Every engine runs in a process of its own and they take turns prompt by prompt, so that what else the machine does, or
+how fast its memory is at the moment, meets all of them. Figures are medians over the turns.
+
+    python bench/peers/compare.py --peers-python .venv-peers/bin/python --output build/peers
+
+The model is SmolLM2-135M-Instruct, the `head` verifier the one that comes with the package; `lora` (rank 16) and `full`
+(the LLM's shape) have random weights: they cost what trained ones cost, but choose other tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import harness
+import models
+
+HERE = Path(__file__).resolve().parent
+BATCH_SIZES = (1, 8, 16, 32)
+PROMPTS = 16
+LONGEST = 2048  # tokens of prompt and continuation
+QUESTIONS = [
+    f"{name} buys {a} boxes with {b} {thing} each and gives {c} of them away. How many {thing} are left?"
+    for name, a, b, thing, c in zip(
+        ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gia", "Hal") * 2,
+        range(3, 19),
+        range(20, 4, -1),
+        ("pens", "eggs", "cards", "nails") * 4,
+        range(1, 17),
+        strict=True,
+    )
+]
+
+
+@dataclass
+class Entry:
+    """One engine with one set of options: its process and what it measured.
+
+    Attributes:
+        name, verifier: As in the table.
+        worker: Stem of the worker's file.
+        options: Its argument.
+        batch_sizes: Those it is measured at.
+        seconds: By batch size, of each turn.
+        facts: What the worker says of itself and of its last turn.
+    """
+
+    name: str
+    verifier: str
+    worker: str
+    options: dict[str, Any]
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
+    python: str = sys.executable
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def start(self) -> None:
+        command = [self.python, str(HERE / f"{self.worker}.py"), json.dumps(self.options)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.facts |= self._answer()["ready"]
+
+    def decode(self, prompts: list[list[int]], new_tokens: int) -> float:
+        print(json.dumps({"prompts": prompts, "new_tokens": new_tokens}), file=self._process.stdin, flush=True)
+        answer = self._answer()
+        self.facts |= {key: value for key, value in answer.items() if key not in ("seconds", "tokens")}
+        return answer["seconds"]
+
+    def stop(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: the worker ended with status {self._process.wait()}")
+        return json.loads(line)
+
+
+def entries(files: models.Files, arguments: argparse.Namespace) -> list[Entry]:
+    """Everything that is compared."""
+    shared = {"num_threads": arguments.threads, "max_batch_size": max(BATCH_SIZES), "max_length": LONGEST}
+    ours = {"model": str(files.model), "dtype": "bfloat16", **shared}
+    found = [Entry("llm2_fast", "none", "worker_llm2_fast", ours)]
+    for kind, path in files.verifiers.items():
+        found.append(Entry("llm2_fast", kind, "worker_llm2_fast", {**ours, "verifier": str(path)}))
+    found.append(Entry("llm2_fast int8", "none", "worker_llm2_fast", {**ours, "quantization": "int8"}))
+    found.append(Entry("transformers", "none", "worker_transformers", ours, (1, 8)))
+    for kind in ("head", "full"):
+        options = {**ours, "verifier": str(files.verifiers[kind])}
+        found.append(Entry("naive LLM2 on transformers", kind, "worker_transformers", options, (1,)))
+    if arguments.peers_python is None:
+        return found
+    python = arguments.peers_python
+    for name, path in files.gguf(python).items():
+        options = {"gguf": str(path), **shared}
+        found.append(Entry(f"llama.cpp {name}", "none", "worker_llama_cpp", options, python=python))
+    if subprocess.run([python, "-c", "import vllm"], capture_output=True).returncode == 0:
+        found.append(Entry("vLLM", "none", "worker_vllm", ours, python=python))
+    else:
+        print("vLLM cannot be imported there and is left out", file=sys.stderr)
+    return found
+
+
+def measure(found: list[Entry], prompts: list[list[int]], new_tokens: int, rounds: int) -> None:
+    """Let the entries take turns."""
+    for batch_size in BATCH_SIZES:
+        measured = [entry for entry in found if batch_size in entry.batch_sizes]
+        for entry in measured:
+            entry.decode((prompts * batch_size)[:batch_size], 4)  # warm-up: caches of this size exist from here on
+        repeated = prompts * -(-batch_size // len(prompts))
+        for _ in range(rounds):
+            for first in range(0, len(repeated), batch_size):
+                for entry in measured:
+                    seconds = entry.decode(repeated[first : first + batch_size], new_tokens)
+                    entry.seconds.setdefault(batch_size, []).append(seconds)
+            print(f"batch size {batch_size}: a round is done", file=sys.stderr)
+
+
+def report(found: list[Entry], new_tokens: int, arguments: argparse.Namespace, bandwidth: float) -> str:
+    """The table, in Markdown."""
+    columns = ["engine", "verifier", *(f"batch {size}" for size in BATCH_SIZES), "x plain", "mean |C|"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    plain = speed(found[0], 1, new_tokens)
+    for entry in found:
+        speeds = [f"{speed(entry, size, new_tokens):.1f}" if size in entry.seconds else "" for size in BATCH_SIZES]
+        ratio = f"{speed(entry, 1, new_tokens) / plain:.2f}"
+        candidates = entry.facts.get("mean |C|")
+        lines.append(f"| {entry.name} | {entry.verifier} | {' | '.join(speeds)} | {ratio} | {candidates or '-'} |")
+    floor = bandwidth / models.WEIGHT_BYTES
+    versions = ", ".join(sorted({entry.facts["engine"] for entry in found}))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Tokens per second of all sequences, {new_tokens} new tokens per prompt, prefill included; medians over "
+            f"{PROMPTS} prompts x {arguments.rounds} at batch size 1. {arguments.threads} threads. {versions}.",
+            f"Read bandwidth {bandwidth / 1e9:.1f} GB/s (median of three, before, between and after): one sweep over "
+            f"the {models.WEIGHT_BYTES / 1e6:.0f} MB of bfloat16 weights per token allows {floor:.1f} tokens/s; "
+            f"plain decoding at batch size 1 reaches {100 * plain / floor:.0f} % of it.",
+        ]
+    )
+
+
+def speed(entry: Entry, batch_size: int, new_tokens: int) -> float:
+    """Tokens per second."""
+    return batch_size * new_tokens / statistics.median(entry.seconds[batch_size])
+
+
+def plot(found: list[Entry], new_tokens: int, path: Path) -> None:
+    """Tokens per second against batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for entry in found:
+        sizes = sorted(entry.seconds)
+        style = "o-" if entry.name.startswith("llm2_fast") else "x--"
+        label = entry.name if entry.verifier == "none" else f"{entry.name}, {entry.verifier}"
+        axes.plot(sizes, [speed(entry, size, new_tokens) for size in sizes], style, label=label)
+    axes.set(xlabel="sequences together", ylabel="tokens per second", xscale="log", yscale="log")
+    axes.set_xticks(BATCH_SIZES, map(str, BATCH_SIZES))
+    axes.legend(fontsize="x-small")
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers-python", help="interpreter with llama-cpp-python and vLLM; without it, neither")
+    parser.add_argument("--problems", type=Path, help='JSON lines with "question"; generated ones by default')
+    parser.add_argument("--output", type=Path, default=Path("build/peers"), help="folder for models and results")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    questions = QUESTIONS
+    if arguments.problems is not None:
+        questions = [json.loads(line)["question"] for line in arguments.problems.open()][:PROMPTS]
+    files = models.prepare(arguments.output)
+    prompts = [files.tokenize(question) for question in questions]
+    found = entries(files, arguments)
+    for entry in found:
+        entry.start()
+    bandwidth = [harness.measure_read_bandwidth()]
+    measure(found, prompts, arguments.new_tokens, arguments.rounds)
+    bandwidth += [harness.measure_read_bandwidth() for _ in range(2)]
+    for entry in found:
+        entry.stop()
+    table = report(found, arguments.new_tokens, arguments, statistics.median(bandwidth))
+    print(table)
+    (arguments.output / "table.md").write_text(table + "\n")
+    rows = [
+        {**vars(entry)["facts"], "name": entry.name, "verifier": entry.verifier, "seconds": entry.seconds}
+        for entry in found
+    ]
+    (arguments.output / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    plot(found, arguments.new_tokens, arguments.output / "throughput.svg")
+
+
+if __name__ == "__main__":
+    main()
