@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2_fast.answers import GoldAnswer
 from llm2_fast.errors import ArgumentError
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -28,6 +29,11 @@ class Problem:
 
     question: str
     answer: str
+
+    @property
+    def gold(self) -> GoldAnswer:
+        """The final answer of the reference."""
+        return GoldAnswer.parse(self.answer)
 
     @property
     def solution(self) -> str:

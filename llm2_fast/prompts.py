@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import UserDict
 from collections.abc import Iterable, Mapping
 from numbers import Integral
@@ -28,17 +30,25 @@ def as_prompt_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     return [items] if single else items
 
 
-def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, name: str) -> list[int]:
+def encode_prompt(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    name: str,
+    *,
+    add_generation_prompt: bool = True,
+) -> list[int]:
     """Token ids of one prompt.
 
     A string is tokenized as it is, with the special tokens the tokenizer adds; chat messages go through the model's
-    chat template with the generation prompt appended.
+    chat template.
 
     Args:
         prompt: String, chat messages or token ids.
         tokenizer: Needed unless the prompt holds token ids.
         vocab_size: Bound on token ids.
         name: What error messages call the prompt.
+        add_generation_prompt: End chat messages with what introduces the assistant's next one.
 
     Raises:
         ArgumentError: Of another type, empty, outside the vocabulary, or text without a tokenizer.
@@ -59,10 +69,15 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, voc
     if isinstance(prompt, str):
         return _checked_ids(tokenizer(prompt)["input_ids"], vocab_size, name)
     try:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # templates raise whatever they like: ValueError, jinja2 errors, KeyError
         raise ArgumentError(name, "messages that the model's chat template accepts", f"{prompt!r}: {error}") from error
     return _checked_ids(tokenizer(text, add_special_tokens=False)["input_ids"], vocab_size, name)
+
+
+def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the chat template, 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()[:32]
 
 
 def _is_token(x: object) -> bool:

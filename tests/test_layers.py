@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "version"),
     ("config", "results", "rng", "sequence"),
-    ("detokenizer", "problems", "prompts"),
+    ("answers", "detokenizer", "problems", "prompts", "supervision"),
     ("reference",),
     ("kernels",),
     ("ops",),

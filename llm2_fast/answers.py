@@ -1,0 +1,163 @@
+"""Final answers: where a text states one, what the reference says, and whether the two are equal."""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+from llm2_fast.errors import ArgumentError, MissingDependencyError
+
+AnswerKind = Literal["number", "math"]
+
+_MARKED = re.compile(r"####[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+_BOXED = re.compile(r"\\f?box(?:ed)?\s*\{")
+_STATED = re.compile(r"\banswer is[ \t]*:?[ \t]*(\S.*?)[ \t]*(?:\.(?=\s|$)|$)", re.IGNORECASE | re.MULTILINE)
+# A minus sign belongs to a number only if no operand stands before it, and digits inside a word (x2) are no number.
+_SIGN = r"(?:(?<![\w)])-)?(?:\$\s?)?"
+_NUMBER = re.compile(rf"{_SIGN}(?:(?<!\w)(?<!\d\.)(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)")
+_FRACTION = re.compile(r"\s*/\s*(\d+)")
+_TIMEOUT_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Span:
+    """An answer inside a text.
+
+    Attributes:
+        start, end: Where it stands.
+        marked: The text says that this is the answer; otherwise it is only its last number.
+    """
+
+    start: int
+    end: int
+    marked: bool
+
+
+def find_answer(text: str) -> Span | None:
+    r"""Where `text` states its final answer.
+
+    Looked for in this order, the last occurrence of each: after `####`, in `\boxed{}`, after "the answer is", the last
+    number. None if there is none of these.
+    """
+    for pattern in (_MARKED, None, _STATED):
+        span = _last_boxed(text) if pattern is None else _last_group(pattern, text)
+        if span is not None:
+            return span
+    numbers = list(_NUMBER.finditer(text))
+    return Span(*numbers[-1].span(), marked=False) if numbers else None
+
+
+def extract_answer(text: str, *, complete: bool = True) -> str | None:
+    """The final answer that `text` states, as `find_answer` looks for it.
+
+    Args:
+        text: A solution.
+        complete: False if the text was cut off. Its last number is no answer then; what it marks as one is.
+    """
+    span = find_answer(text)
+    return text[span.start : span.end] if span is not None and (complete or span.marked) else None
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The exact value of an answer that is a number, None if it is none.
+
+    Units, a currency sign, thousands separators and a percent sign are ignored ("$1,234.50 per day" is 1234.5), of an
+    equation the right side counts ("3 + 4 = 7 apples" is 7), and a/b is a fraction.
+    """
+    text = text.rpartition("=")[2].replace("\N{MINUS SIGN}", "-").replace("\\$", "$")
+    match = _NUMBER.search(text)
+    if match is None:
+        return None
+    value = Fraction(re.sub(r"[,$\s]", "", match.group()))
+    if (fraction := _FRACTION.match(text, match.end())) is not None:
+        return value / int(fraction[1]) if int(fraction[1]) else None
+    return value
+
+
+def answers_equal(answer: str, gold: str, kind: AnswerKind) -> bool:
+    """Whether two final answers are equal.
+
+    Args:
+        answer: What a solution states.
+        gold: The reference. The order matters to `math-verify`.
+        kind: "number" compares exact values; "math" asks `math-verify` whether two expressions are equivalent.
+
+    Raises:
+        MissingDependencyError: `kind` is "math" and `math-verify` is not installed.
+    """
+    if kind == "number":
+        value = parse_number(answer)
+        return value is not None and value == parse_number(gold)
+    return _equivalent(answer, gold)
+
+
+@dataclass(frozen=True)
+class GoldAnswer:
+    """The final answer of a reference.
+
+    Attributes:
+        text: As written.
+        kind: How answers are compared with it.
+    """
+
+    text: str
+    kind: AnswerKind
+
+    @classmethod
+    def parse(cls, reference: str) -> GoldAnswer:
+        r"""The gold answer of a problem's `answer` field: what follows `####`, or `\boxed{}`, or the whole field.
+
+        Kind "math" if it is boxed or no number, else "number".
+
+        Raises:
+            ArgumentError: There is no answer in it.
+        """
+        marked, boxed = _last_group(_MARKED, reference), _last_boxed(reference)
+        span = marked or boxed or Span(0, len(reference), marked=True)
+        text = reference[span.start : span.end].strip()
+        if not text:
+            raise ArgumentError(
+                "answer", r"a final answer after ####, in \boxed{} or as the whole field", repr(reference)
+            )
+        return cls(text, "math" if span is boxed or parse_number(text) is None else "number")
+
+    def is_right(self, solution: str, *, complete: bool = True) -> bool:
+        """Whether the final answer of `solution` is this one; see `extract_answer` and `answers_equal`."""
+        answer = extract_answer(solution, complete=complete)
+        return answer is not None and answers_equal(answer, self.text, self.kind)
+
+
+def _last_group(pattern: re.Pattern[str], text: str) -> Span | None:
+    """Group 1 of the last match."""
+    matches = list(pattern.finditer(text))
+    return Span(*matches[-1].span(1), marked=True) if matches else None
+
+
+def _last_boxed(text: str) -> Span | None:
+    """What stands between the braces of the last box that is closed."""
+    for match in reversed(list(_BOXED.finditer(text))):
+        depth = 1
+        for end in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return Span(match.end(), end, marked=True)
+    return None
+
+
+def _equivalent(answer: str, gold: str) -> bool:
+    try:
+        import math_verify
+    except ImportError as error:
+        raise MissingDependencyError(
+            "comparing mathematical expressions needs: pip install 'llm2-fast[eval]'"
+        ) from error
+    # Its time limit is an alarm signal, which only the main thread may set.
+    seconds = _TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None
+
+    def parse(text: str) -> list[Any]:
+        return math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=seconds)
+
+    return math_verify.verify(parse(gold), parse(answer), timeout_seconds=seconds)

@@ -1,0 +1,119 @@
+"""Final answers: finding, reading and comparing them."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm2_fast import ArgumentError
+from llm2_fast.answers import GoldAnswer, answers_equal, extract_answer, parse_number
+from llm2_fast.problems import Problem
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2 + 2 = 4\n#### 4", "4"),
+        ("#### 3\nno, that was wrong\n#### 4  \n", "4"),
+        (r"so $x = \boxed{\frac{1}{2}}$ and not \boxed{3", r"\frac{1}{2}"),
+        (r"first \boxed{1}, then \fbox{2}.", "2"),
+        (r"The answer is 5, I mean \boxed{6}.", "6"),
+        ("So the answer is 72.", "72"),
+        ("The answer is: 3.5. There are 12 months.", "3.5"),
+        ("the answer is $1,234.50 per day.\nGood bye 7", "$1,234.50 per day"),
+        ("She has 3 apples and 12 pears", "12"),
+        ("20 - 5 = 15", "15"),
+        ("It costs -$3", "-$3"),
+        ("from 5-3", "3"),  # a difference, not a negative number
+        ("- 5 apples", "5"),
+        ("the sum x2 of w5", None),
+        ("12,345,678 people", "12,345,678"),
+        ("1,2,3", "3"),
+        ("half is .5", ".5"),
+        ("well...5", "5"),
+        ("nothing here", None),
+        ("", None),
+    ],
+)
+def test_extraction(text, expected):
+    assert extract_answer(text) == expected
+
+
+def test_the_last_number_of_a_text_that_was_cut_is_no_answer():
+    assert extract_answer("48 / 2 = 24 and 48 +", complete=False) is None
+    assert extract_answer("The answer is 72. By the way, 5", complete=False) == "72"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("72", 72), ("72.0", 72), ("-3", -3), ("\N{MINUS SIGN}3", -3), ("50%", 50),
+        ("$1,234.50 per day", Fraction("1234.5")),
+        ("3/4", Fraction(3, 4)), ("-3 / 4 cups", Fraction(-3, 4)), ("3 + 4 = 7 apples", 7), (r"\$18", 18),
+        ("1/0", None), ("none", None), ("", None), ("=", None), (".5", Fraction(1, 2)),
+    ],
+)  # fmt: skip
+def test_numbers(text, value):
+    assert parse_number(text) == value
+
+
+@given(st.integers(-(10**12), 10**12), st.sampled_from(["{}", "${}", "{} apples", "x = {}", "{}.", "{}.00"]))
+def test_numbers_survive_formatting(value, form):
+    if value < 0 and form == "${}":
+        form = "-${}"
+        text = form.format(f"{-value:,}")
+    else:
+        text = form.format(f"{value:,}")
+    assert parse_number(text) == value
+    assert answers_equal(text, str(value), "number")
+
+
+@pytest.mark.parametrize(
+    ("reference", "gold"),
+    [
+        ("She has 3 + 4 = <<3+4=7>>7.\n#### 7", GoldAnswer("7", "number")),
+        ("#### 1,000", GoldAnswer("1,000", "number")),
+        ("43", GoldAnswer("43", "number")),
+        (" 0.5 ", GoldAnswer("0.5", "number")),
+        (r"Therefore, $r = \boxed{3}.$The answer is: 3", GoldAnswer("3", "math")),
+        (r"\boxed{(-\infty, 2)}", GoldAnswer(r"(-\infty, 2)", "math")),
+        ("Evelyn", GoldAnswer("Evelyn", "math")),
+    ],
+)
+def test_gold_answers(reference, gold):
+    assert GoldAnswer.parse(reference) == Problem("q", reference).gold == gold
+
+
+@pytest.mark.parametrize("reference", ["", "  ", r"\boxed{}", r"\boxed{ }"])
+def test_a_reference_without_an_answer_is_refused(reference):
+    with pytest.raises(ArgumentError, match="answer: expected a final answer"):
+        GoldAnswer.parse(reference)
+
+
+def test_right_answers():
+    gold = GoldAnswer.parse("3 * 6 = 18\n#### 18")
+    assert gold.is_right("The answer is $18.00.")
+    assert gold.is_right("3 * 6 makes 18")
+    assert not gold.is_right("3 * 6 makes 18", complete=False)
+    assert not gold.is_right("The answer is 18.5.")
+    assert not gold.is_right("The answer is unknown.")
+    assert not gold.is_right("")
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "equal"),
+    [
+        (r"\frac{1}{2}", "0.5", True),
+        (r"\frac{6}{2}", "3", True),
+        ("2x + 1", "1 + 2x", True),
+        (r"(1, 2)", r"\left( 1, 2 \right)", True),
+        (r"\sqrt{8}", r"2\sqrt{2}", True),
+        ("3", "4", False),
+        (r"\text{Evelyn}", r"\text{Evelyn}", True),
+        ("}{", "3", False),
+    ],
+)
+def test_mathematical_equality(answer, gold, equal):
+    pytest.importorskip("math_verify")
+    assert answers_equal(answer, gold, "math") is equal
