@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,6 +140,17 @@ class Engine:
     def backend(self) -> str:
         """Name of the backend in use."""
         return self._backend.name
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a sample."""
+        return self._eos_token_ids
+
+    @contextmanager
+    def exclusive_backend(self) -> Iterator[Backend]:
+        """The backend, for a decoding loop of one's own; other threads wait until it is given back."""
+        with self._lock:
+            yield self._backend
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -29,6 +30,16 @@ class Problem:
 
     question: str
     answer: str
+
+    @property
+    def id(self) -> str:
+        """What tells it from other problems, wherever it stands: a hash, 16 hexadecimal digits."""
+        return hashlib.sha256(json.dumps([self.question, self.answer]).encode()).hexdigest()[:16]
+
+    @property
+    def has_solution(self) -> bool:
+        """The reference says more than the final answer."""
+        return self.gold.text != self.answer.strip()
 
     @property
     def gold(self) -> GoldAnswer:

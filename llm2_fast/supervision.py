@@ -58,6 +58,20 @@ class TokenQuality:
     plausible: bool
     logprob: float
 
+    def is_below(self, threshold: float) -> bool:
+        """Whether Q of all `n` continuations is below `threshold`.
+
+        Raises:
+            ArgumentError: Nothing was sampled, or sampling stopped before this threshold was decided.
+        """
+        if self.quality is not None:
+            verdict = self.quality < threshold
+            if self.right is not None:
+                verdict = below_threshold(self.right, self.done, self.n, threshold)
+            if verdict is not None:
+                return verdict
+        raise ArgumentError("threshold", "one that the exploration decided", threshold)
+
 
 @dataclass(frozen=True)
 class SupervisionExample:
@@ -80,6 +94,27 @@ class SupervisionExample:
     spared_quality: list[TokenQuality] = dataclasses.field(default_factory=list)
     id: str | None = None
     skipped: str | None = None
+
+    def with_threshold(self, threshold: float) -> SupervisionExample:
+        """The same with every measured token whose quality is below `threshold` as a negative, the others spared.
+
+        Raises:
+            ArgumentError: Qualities were not measured, or not to the end for this threshold.
+        """
+        if self.quality is None:
+            raise ArgumentError("quality", "supervision with recorded qualities", None)
+        measured = list(zip([*self.samples, *self.spared], [*self.quality, *self.spared_quality], strict=True))
+        measured.sort(key=lambda entry: (entry[0].position, -entry[1].logprob, entry[0].negative_id))
+        parts: dict[bool, list[tuple[TokenPair, TokenQuality]]] = {True: [], False: []}
+        for pair, quality in measured:
+            parts[pair.negative_id != pair.ground_truth_id and quality.is_below(threshold)].append((pair, quality))
+        return dataclasses.replace(
+            self,
+            samples=[pair for pair, _ in parts[True]],
+            quality=[quality for _, quality in parts[True]],
+            spared=[pair for pair, _ in parts[False]],
+            spared_quality=[quality for _, quality in parts[False]],
+        )
 
     def to_json(self) -> str:
         """One line, without its end. Keys that hold nothing are left out."""
@@ -137,6 +172,21 @@ class Manifest:
     options: dict[str, Any]
     llm2_fast_version: str
     format_version: int = FORMAT_VERSION
+
+    def differences(self, other: Manifest) -> str:
+        """What makes results of the two differ, for people; empty if nothing does."""
+        mine, theirs = (
+            {
+                **dataclasses.asdict(manifest),
+                **manifest.options,
+                "options": None,
+                "model": None,
+                "llm2_fast_version": None,
+            }
+            for manifest in (self, other)
+        )
+        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        return "; ".join(f"{name} {mine.get(name)!r} there, {theirs.get(name)!r} here" for name in names)
 
     def to_json(self) -> str:
         """Indented, for people."""
@@ -221,6 +271,12 @@ def check_positions(example: SupervisionExample, input_ids: list[int], where: st
         if input_ids[position] != ground_truth_id:
             expected = f"the solution's token {input_ids[position]} at position {position}"
             raise ArgumentError(f"{where}.samples[{index}]", expected, ground_truth_id)
+
+
+def below_threshold(right: int, done: int, n: int, threshold: float) -> bool | None:
+    """Whether `right / n` is below `threshold` after `n` continuations; None if `done` of them leave that open."""
+    low, high = right / n < threshold, (right + n - done) / n < threshold
+    return low if low == high else None
 
 
 def _read_lines(path: Path) -> Iterator[SupervisionExample]:

@@ -14,6 +14,7 @@ from llm2_fast.cache.slots import SlotCache
 from llm2_fast.models.decoder import LanguageModel, Rows
 from llm2_fast.sequence import Sequence
 from tiny_tokenizer import tokenizer
+from tolerances import TOLERANCES
 from verifiers import KINDS, case, full_case, head_verifier
 
 load = partial(llm2_fast.load, backend="reference")
@@ -486,3 +487,43 @@ def test_forms_of_prompts():
 def test_text_is_none_without_a_tokenizer():
     (result,) = engine().generate(PROMPTS[0], max_new_tokens=2)
     assert result.text is None
+
+
+# --- Forks and logits for loops of one's own ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_one_prefilled_sequence_serves_every_position(backend, family):
+    model = tiny.causal_lm(family)
+    token_ids = [(5 * i + 3) % tiny.VOCAB for i in range(40)]  # longer than a block of the cache
+    config = GenerationConfig(max_new_tokens=3, ignore_eos=True)
+    parent = Sequence(0, 0, config, token_ids)
+    with llm2_fast.load(model, backend=backend).exclusive_backend() as running:
+        running.prefill([parent])
+        forked = [Sequence(0, 0, config, token_ids[:length]) for length in range(1, 41)]
+        other = Sequence(0, 0, config, [*token_ids[:20], 7, 8])  # goes on otherwise, two tokens behind the fork
+        for child in forked:
+            running.fork(parent, child, len(child) - 1)
+        running.fork(parent, other, 20)
+        with torch.no_grad():
+            expected = model(torch.tensor([token_ids]), use_cache=False).logits[0]
+            expected_other = model(torch.tensor([other.prompt_token_ids]), use_cache=False).logits[0, -1:]
+        logits = running.logits([*forked, other])
+        tolerance = TOLERANCES["decoder.logits", torch.float32]
+        torch.testing.assert_close(logits, torch.cat([expected, expected_other]), **tolerance)
+        for child in (forked[4], other):
+            assert running.step([child])[0].token_id == int(running.logits([child]).argmax())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_forks_at_a_length_are_checked(backend):
+    model, verifier, _ = vars(case("llama", "head")).values()
+    config = GenerationConfig()
+    for steered in (None, verifier):
+        with llm2_fast.load(model, steered, backend=backend).exclusive_backend() as running:
+            parent, child = (Sequence(0, 0, config, PROMPTS[0]) for _ in range(2))
+            running.prefill([parent])
+            for length in (-1, 8) if steered is None else (3,):
+                with pytest.raises(ArgumentError, match="length: expected"):
+                    running.fork(parent, child, length)

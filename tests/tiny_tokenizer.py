@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -23,10 +25,10 @@ def words(vocab_size: int = tiny.VOCAB) -> list[str]:
     return [*first, *(f"w{i}" for i in range(len(first), vocab_size))]
 
 
-def tokenizer(vocab_size: int = tiny.VOCAB) -> PreTrainedTokenizerFast:
-    """One id per word and none for the beginning; other words are `<unk>`."""
+def tokenizer(vocab_size: int = tiny.VOCAB, vocabulary: Sequence[str] | None = None) -> PreTrainedTokenizerFast:
+    """One id per word (of `words` unless there is a vocabulary) and none for the beginning; others are `<unk>`."""
     unknown, beginning, end = _SPECIAL
-    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words(vocab_size))}, unk_token=unknown))
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary or words(vocab_size))}, unk_token=unknown))
     core.pre_tokenizer = Whitespace()
     made = PreTrainedTokenizerFast(
         tokenizer_object=core,

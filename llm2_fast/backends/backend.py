@@ -5,6 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
+
+from llm2_fast.errors import ArgumentError
 from llm2_fast.results import StepOutput
 from llm2_fast.sequence import Sequence
 
@@ -21,8 +24,22 @@ class Backend(ABC):
         """Give each new sequence a slot and compute the keys and values of its prompt."""
 
     @abstractmethod
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Give `child`, a sequence with the same prompt, a slot that shares what `parent` has computed."""
+    def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
+        """Give `child` a slot that shares what `parent` has computed.
+
+        Args:
+            parent: Has a slot.
+            child: A sequence with the same prompt or, with `length`, one that has the first `length` tokens in common.
+            length: Share only this many tokens, fewer than `child` has; the next step computes the rest. Not with a
+                verifier.
+        """
+
+    @abstractmethod
+    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
+        """System 1's logits of the next token of each sequence, float32 [B, vocab_size]; none is chosen.
+
+        The next step may overwrite them. Not with a verifier on every backend.
+        """
 
     @abstractmethod
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
@@ -31,3 +48,11 @@ class Backend(ABC):
     @abstractmethod
     def free(self, sequence: Sequence) -> None:
         """Give the sequence's slot back. Does nothing if it has none."""
+
+
+def check_fork(child: Sequence, length: int | None, *, verified: bool) -> None:
+    """Raise `ArgumentError` unless a child may be forked at `length`."""
+    if length is not None and verified:
+        raise ArgumentError("length", "None, since there is a verifier", length)
+    if length is not None and not 0 <= length < len(child):
+        raise ArgumentError("length", f"fewer tokens than the {len(child)} of the child", length)

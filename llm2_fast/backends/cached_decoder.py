@@ -110,10 +110,14 @@ class CachedDecoder:
         self._fit_storage()
         return slot
 
-    def fork(self, slot: int) -> int:
-        """A new slot with the committed prefix of `slot`. Full blocks are shared."""
-        child, copied = self._tables.fork(slot, self.lengths[slot])
-        self.lengths[child] = self.lengths[slot]
+    def fork(self, slot: int, length: int | None = None) -> int:
+        """A new slot with the committed prefix of `slot`, or the first `length` positions. Full blocks are shared.
+
+        The hidden state that comes along is that of the whole prefix; a shorter one has to be extended before use.
+        """
+        length = self.lengths[slot] if length is None else length
+        child, copied = self._tables.fork(slot, length)
+        self.lengths[child] = length
         self._fit_storage()
         self._write_table(child)
         if copied is not None:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.dlpack import to_dlpack
 
 from llm2_fast import ops
-from llm2_fast.backends.backend import Backend
+from llm2_fast.backends.backend import Backend, check_fork
 from llm2_fast.backends.cached_decoder import CachedDecoder
 from llm2_fast.backends.cpu_plans import CpuPlan, JointCpuPlan, JointLoraCpuPlan, LazyCpuPlan, PlainCpuPlan
 from llm2_fast.errors import ArgumentError
@@ -76,8 +76,9 @@ class CpuBackend(Backend):
             self._plan.add(sequence)
         self._llm.extend([s.slot for s in sequences], [s.tokens_from(0) for s in sequences])
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        child.slot = self._llm.fork(parent.slot)
+    def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
+        check_fork(child, length, verified=not isinstance(self._plan, PlainCpuPlan))
+        child.slot = self._llm.fork(parent.slot, length)
         self._plan.fork(parent.slot, child.slot)
 
     def free(self, sequence: Sequence) -> None:
@@ -88,6 +89,9 @@ class CpuBackend(Backend):
 
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
         return self._plan.step(sequences)
+
+    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
+        return self._plan.logits(sequences)
 
     def prefix(self, sequence: Sequence) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Cached keys and values of the LLM per layer, each [num_kv_heads, cached_length, head_dim]."""

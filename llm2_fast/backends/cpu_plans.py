@@ -13,6 +13,7 @@ from llm2_fast.backends.cached_decoder import CachedDecoder, PassRows
 from llm2_fast.backends.options import occurring_tokens, pick_options, seen_tokens
 from llm2_fast.backends.outputs import step_outputs
 from llm2_fast.backends.step_tensors import StepTensors
+from llm2_fast.errors import ArgumentError
 from llm2_fast.ops import adjust_and_pick
 from llm2_fast.reference import Candidates
 from llm2_fast.results import StepOutput
@@ -31,6 +32,10 @@ class CpuPlan(ABC):
     @abstractmethod
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
         """Choose the next token of each sequence."""
+
+    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
+        """Logits of the next token of each sequence, float32 [B, vocab_size]. Not with a verifier."""
+        raise ArgumentError("verifier", "None, for System 1's logits", type(self).__name__)
 
     def add(self, sequence: Sequence) -> None:
         """A sequence was given a slot."""
@@ -61,6 +66,16 @@ class PlainCpuPlan(CpuPlan):
         self._ids = torch.arange(llm.spec.vocab_size, dtype=torch.int32)
 
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        tensors = self._run(sequences)
+        usable, picked = tensors.candidates, tensors.picked
+        ids = self._ids.expand(len(sequences), -1)
+        candidates = usable._replace(ids=ids, logits=picked.adjusted, cut=torch.zeros_like(usable.cut))
+        return step_outputs(sequences, candidates, None, picked, [0] * len(sequences))
+
+    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
+        return self._run(sequences).picked.adjusted
+
+    def _run(self, sequences: list[Sequence]) -> StepTensors:
         vocab_size = self._llm.spec.vocab_size
         tensors = self._tensors_for(sequences, max_candidates=1, pick_width=vocab_size)
         pending = self._pending(sequences)
@@ -75,10 +90,7 @@ class PlainCpuPlan(CpuPlan):
             None if seen is None else to_dlpack(seen),
             self._llm.num_threads,
         )
-        usable, picked = tensors.candidates, tensors.picked
-        ids = self._ids.expand(len(sequences), -1)
-        candidates = usable._replace(ids=ids, logits=picked.adjusted, cut=torch.zeros_like(usable.cut))
-        return step_outputs(sequences, candidates, None, picked, [0] * len(sequences))
+        return tensors
 
 
 class JointCpuPlan(CpuPlan):

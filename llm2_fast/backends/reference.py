@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from llm2_fast.backends.backend import Backend
+from llm2_fast.backends.backend import Backend, check_fork
 from llm2_fast.backends.options import pick_options, seen_tokens
 from llm2_fast.backends.outputs import step_outputs
-from llm2_fast.backends.plans import make_plan
+from llm2_fast.backends.plans import PlainPlan, make_plan
 from llm2_fast.cache.slots import SlotCache
 from llm2_fast.models.decoder import LanguageModel, Rows
 from llm2_fast.models.loading import LoadedModel
@@ -42,8 +42,9 @@ class ReferenceBackend(Backend):
             self._plan.add(sequence)
         self._advance(sequences)
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        child.slot = self._cache.fork(parent.slot)
+    def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
+        check_fork(child, length, verified=not isinstance(self._plan, PlainPlan))
+        child.slot = self._cache.fork(parent.slot, length)
         self._hidden[child.slot] = self._hidden[parent.slot]
         self._plan.fork(parent.slot, child.slot)
 
@@ -54,9 +55,12 @@ class ReferenceBackend(Backend):
             self._cache.free(slot)
             self._hidden.pop(slot, None)
 
-    def step(self, sequences: list[Sequence]) -> list[StepOutput]:
+    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
         self._advance(sequences)
-        logits = self._lm.logits(torch.stack([self._hidden[s.slot] for s in sequences])).cpu()
+        return self._lm.logits(torch.stack([self._hidden[s.slot] for s in sequences])).cpu()
+
+    def step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        logits = self.logits(sequences)
         candidates = self._plan.propose(logits, sequences)
         scores, verifier_rows = self._plan.score(sequences, candidates)
         seen = seen_tokens(sequences, candidates.ids, self.vocab_size)

@@ -39,10 +39,10 @@ class SlotCache(Cache):
         self._clear(slot, 0)
         self._free.append(slot)
 
-    def fork(self, slot: int) -> int:
-        """A new slot with the committed prefix of `slot`."""
+    def fork(self, slot: int, length: int | None = None) -> int:
+        """A new slot with the committed prefix of `slot`, or the first `length` positions of it."""
         child = self.allocate()
-        length = self.lengths[slot]
+        length = self.lengths[slot] if length is None else length
         for storage in (*self._keys, *self._values):
             storage[child, :, :length] = storage[slot, :, :length]
         self.lengths[child] = self._stored[child] = length

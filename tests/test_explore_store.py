@@ -1,0 +1,200 @@
+"""What an exploration writes survives being killed at any time, and does not mix with anything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import arithmetic
+import llm2_fast
+from llm2_fast import ArgumentError
+from llm2_fast.explore import explore, store
+from llm2_fast.explore.store import ShardStore
+from llm2_fast.problems import load_problems
+from llm2_fast.supervision import Manifest, SupervisionExample, TokenPair, TokenQuality, read_supervision
+
+MANIFEST = Manifest("tiny", "f" * 32, "0" * 32, "1" * 32, {"alpha": 0.1, "thresholds": [0.5]}, "0.1.0")
+MESSAGES = [{"role": "user", "content": "w5 \N{EN DASH} w6"}, {"role": "assistant", "content": "w7"}]
+PROBLEMS = arithmetic.problems(12)
+OPTIONS = {"n": 6, "max_new_tokens": 8, "threshold": 0.25, "max_positions": 4}
+
+
+def example(number):
+    quality = TokenQuality(0.25, 5, 20, 20, True, -1.5)
+    return SupervisionExample(MESSAGES, [TokenPair(4, 7, 12)], [quality], id=f"{number:016x}")
+
+
+def names(path):
+    return sorted(file.name for file in path.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(store, "_SHARD_SIZE", 3)
+
+
+def test_shards_are_full_but_for_the_last(tmp_path):
+    with ShardStore(tmp_path / "new" / "out", MANIFEST) as opened:
+        for number in range(7):
+            opened.append(example(number))
+    path = tmp_path / "new" / "out"
+    assert names(path) == [".lock", "manifest.json", *(f"shard-0000{i}.jsonl" for i in range(3))]
+    assert [len(file.read_text().splitlines()) for file in sorted(path.glob("shard*"))] == [3, 3, 1]
+    read = read_supervision(path)
+    assert (read.examples, read.manifest) == ([example(number) for number in range(7)], MANIFEST)
+    with ShardStore(path, MANIFEST) as opened:  # later ones go to a new shard
+        assert opened.ids == {example(number).id for number in range(7)}
+        opened.append(example(7))
+    assert len(read_supervision(path).examples) == 8
+
+
+@given(num_examples=st.integers(1, 5), data=st.data())
+def test_a_crash_at_any_byte_loses_only_the_example_under_way(tmp_path_factory, num_examples, data):
+    path = tmp_path_factory.mktemp("store")
+    opened = ShardStore(path, MANIFEST)
+    for number in range(num_examples):
+        opened.append(example(number))
+    opened._lock.close()  # the process has died
+    part = opened._part_path
+    length = part.stat().st_size
+    line = len(example(0).to_json().encode()) + 1
+    cut = data.draw(st.integers(0, length))
+    os.truncate(part, cut)
+    survivors = num_examples - (length // line) + cut // line
+    with ShardStore(path, MANIFEST) as resumed:
+        assert len(resumed.ids) == survivors
+        for number in range(survivors, num_examples):
+            resumed.append(example(number))
+    assert read_supervision(path).examples == [example(number) for number in range(num_examples)]
+
+
+def test_a_failed_write_leaves_no_half_line(tmp_path, monkeypatch):
+    with ShardStore(tmp_path, MANIFEST) as opened:
+        opened.append(example(0))
+
+        def full(_descriptor):
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space left"):
+            opened.append(example(1))
+        monkeypatch.undo()
+        monkeypatch.setattr(store, "_SHARD_SIZE", 3)
+        opened.append(example(2))
+    assert read_supervision(tmp_path).examples == [example(0), example(2)]
+
+
+def test_an_example_is_written_once(tmp_path):
+    with ShardStore(tmp_path, MANIFEST) as opened:
+        opened.append(example(0))
+        with pytest.raises(ArgumentError, match="example: expected an id that is not on disk yet"):
+            opened.append(example(0))
+
+
+def test_one_process_at_a_time(tmp_path):
+    with (
+        ShardStore(tmp_path, MANIFEST),
+        pytest.raises(ArgumentError, match="output_dir: expected a directory that no other process writes"),
+    ):
+        ShardStore(tmp_path, MANIFEST)
+    ShardStore(tmp_path, MANIFEST).close()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_fingerprint": "a" * 32}, "model_fingerprint 'ffff"),
+        ({"tokenizer_hash": "a" * 32}, "tokenizer_hash"),
+        ({"chat_template_hash": "a" * 32}, "chat_template_hash"),
+        ({"options": {"alpha": 0.2, "thresholds": [0.5]}}, "alpha 0.1 there, 0.2 here"),
+        ({"options": {"alpha": 0.1, "thresholds": [0.5], "new": 1}}, "new None there, 1 here"),
+    ],
+)
+def test_other_models_and_options_do_not_mix(tmp_path, change, message):
+    ShardStore(tmp_path, MANIFEST).close()
+    with pytest.raises(ArgumentError, match=message):
+        ShardStore(tmp_path, dataclasses.replace(MANIFEST, **change))
+    ShardStore(tmp_path, dataclasses.replace(MANIFEST, model="elsewhere", llm2_fast_version="9")).close()
+
+
+def test_foreign_directories_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArgumentError, match="output_dir: expected a directory"):
+        ShardStore(tmp_path / "file", MANIFEST)
+    (tmp_path / "shard-00000.jsonl").write_text(example(0).to_json())
+    with pytest.raises(ArgumentError, match="expected an empty directory, or one with a manifest"):
+        ShardStore(tmp_path, MANIFEST)
+
+
+# --- Whole explorations ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return llm2_fast.load(arithmetic.model(), tokenizer=arithmetic.tokenizer(), backend="cpu")
+
+
+def by_id(path):
+    examples = read_supervision(path).examples
+    found = {example.id: example for example in examples}
+    assert len(found) == len(examples)  # none twice
+    return found
+
+
+def test_an_interrupted_exploration_is_resumed(tmp_path, engine):
+    explore(engine, PROBLEMS, tmp_path / "whole", **OPTIONS)
+    first = explore(engine, PROBLEMS[:5], tmp_path / "parts", **OPTIONS)
+    second = explore(engine, PROBLEMS, tmp_path / "parts", **OPTIONS)
+    third = explore(engine, PROBLEMS, tmp_path / "parts", **OPTIONS)
+    assert (first.problems, second.problems, second.resumed) == (5, len(PROBLEMS) - 5, 5)
+    assert (third.problems, third.resumed, third.rollouts) == (0, len(PROBLEMS), 0)
+    assert by_id(tmp_path / "parts") == by_id(tmp_path / "whole")
+    with pytest.raises(ArgumentError, match="n 6 there, 7 here"):
+        explore(engine, PROBLEMS, tmp_path / "parts", **{**OPTIONS, "n": 7})
+
+
+def _explore_slowly(engine, path):
+    torch.set_num_threads(1)  # threads do not survive a fork
+    append = ShardStore.append
+
+    def wait_and_append(self, example):
+        append(self, example)
+        time.sleep(0.02)
+
+    ShardStore.append = wait_and_append
+    explore(engine, PROBLEMS, path, max_batch_size=8, **OPTIONS)
+
+
+@pytest.mark.timeout(300)
+def test_killed_at_random_it_loses_nothing_and_repeats_nothing(tmp_path, engine):
+    explore(engine, PROBLEMS, tmp_path / "whole", **OPTIONS)
+    draw, path, kills, progress = random.Random(0), tmp_path / "killed", 0, [0]
+    for _ in range(40):
+        process = multiprocessing.get_context("fork").Process(target=_explore_slowly, args=(engine, path))
+        process.start()
+        process.join(draw.uniform(0.05, 1.0))
+        if process.exitcode == 0:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        lines = [line for file in path.glob("shard-*") for line in file.read_bytes().split(b"\n")]
+        whole = [line for line in lines if line.endswith(b"}")]
+        assert len(whole) >= progress[-1]  # what was on disk stays there
+        progress.append(len(whole))
+        assert all(json.loads(line)["id"] in {problem.id for problem in load_problems(PROBLEMS)} for line in whole)
+    assert kills >= 3
+    assert len(set(progress)) > 0
+    explore(engine, PROBLEMS, path, **OPTIONS)
+    assert by_id(path) == by_id(tmp_path / "whole")
