@@ -12,6 +12,8 @@ _PUBLIC = {
     "ArgumentError": "errors",
     "CheckpointError": "errors",
     "Engine": "engine",
+    "ExplorationConfig": "exploration.config",
+    "ExplorationReport": "exploration.report",
     "Generation": "results",
     "GenerationConfig": "config",
     "GenerationStats": "results",
@@ -22,6 +24,7 @@ _PUBLIC = {
     "StreamEvent": "results",
     "TraceStep": "results",
     "Verifier": "verifier",
+    "explore": "exploration.run",
     "generate": "engine",
     "load": "engine",
     "train_verifier": "train",
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
         Llm2FastError,
         MissingDependencyError,
     )
+    from llm2_fast.exploration.config import ExplorationConfig
+    from llm2_fast.exploration.report import ExplorationReport
+    from llm2_fast.exploration.run import explore
     from llm2_fast.results import Generation, GenerationStats, Sample, StreamEvent, TraceStep
     from llm2_fast.train import train_verifier
     from llm2_fast.verifier import Verifier

@@ -116,7 +116,7 @@ class GoldAnswer:
             ArgumentError: There is no answer in it.
         """
         marked, boxed = _last_group(_MARKED, reference), _last_boxed(reference)
-        span = marked or boxed or Span(0, len(reference), marked=True)
+        span = marked or boxed or Span(0, len(reference), marked=False)
         text = reference[span.start : span.end].strip()
         if not text:
             raise ArgumentError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from llm2_fast.errors import ArgumentError
 
@@ -46,6 +46,12 @@ def check_option_names(names: Any, allowed: Any, *, what: str) -> None:
             close = difflib.get_close_matches(name, allowed, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ArgumentError(what, f"one of {', '.join(sorted(allowed))}", f"{name!r}{hint}")
+
+
+def literal_values(hint: Any) -> tuple[str, ...]:
+    """The names that an option of this type, a `Literal` or a union with one, may have as its value."""
+    parts = [hint] if get_origin(hint) is Literal else get_args(hint)
+    return tuple(value for part in parts if get_origin(part) is Literal for value in get_args(part))
 
 
 @dataclass(frozen=True)

@@ -66,12 +66,21 @@ def load_problems(source: str | os.PathLike[str] | Iterable[Problem | Mapping[st
     problems = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ArgumentError(f"{path.name}:{number}", "a JSON object", str(error)) from error
-            problems.append(_parse(entry, f"{path.name}:{number}"))
+            problems.append(parse_problem(line, f"{path.name}:{number}"))
     return problems
+
+
+def parse_problem(line: str, where: str) -> Problem:
+    """The problem of a JSON line; `where` is what errors call it.
+
+    Raises:
+        ArgumentError: As for `load_problems`.
+    """
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ArgumentError(where, "a JSON object", str(error)) from error
+    return _parse(entry, where)
 
 
 def _parse(entry: Problem | Mapping[str, Any], where: str) -> Problem:

@@ -223,17 +223,26 @@ def manifest_path(path: str | os.PathLike[str]) -> Path:
     return path / "manifest.json" if path.is_dir() else path.with_suffix(".manifest.json")
 
 
+def supervision_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The JSON-lines files behind a path: itself, or the finished shards of a directory.
+
+    Raises:
+        ArgumentError: There is none.
+    """
+    path = Path(path)
+    files = sorted(path.glob(SHARD_PATTERN)) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise ArgumentError("supervision", f"a JSON-lines file, or a directory with {SHARD_PATTERN}", str(path))
+    return files
+
+
 def read_supervision(path: str | os.PathLike[str]) -> Supervision:
     """Supervision from a JSON-lines file, or from the shards in a directory that `explore` wrote.
 
     Raises:
         ArgumentError: There is nothing to read, or a line is not of the layout; the message names file and line.
     """
-    path = Path(path)
-    files = sorted(path.glob(SHARD_PATTERN)) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
-        raise ArgumentError("supervision", f"a JSON-lines file, or a directory with {SHARD_PATTERN}", str(path))
-    examples = [example for file in files for example in _read_lines(file)]
+    examples = [example for file in supervision_files(path) for example in _read_lines(file)]
     manifest = manifest_path(path)
     return Supervision(examples, Manifest.read(manifest) if manifest.is_file() else None)
 
@@ -257,18 +266,19 @@ def tokenize_messages(messages: list[dict[str, str]], tokenizer: PreTrainedToken
     return encode_prompt(messages, tokenizer, len(tokenizer), "messages", add_generation_prompt=False)
 
 
-def check_positions(example: SupervisionExample, input_ids: list[int], where: str) -> None:
+def check_positions(example: SupervisionExample, input_ids: list[int], where: str, *, own_tokens: bool = True) -> None:
     """Raise `ArgumentError` unless every pair of `example` belongs to `input_ids`.
 
     Args:
         example: As read.
         input_ids: `tokenize_messages(example.messages, tokenizer)`.
         where: What the error calls the example.
+        own_tokens: The positives are the solution's own tokens; not so with `positive="best"` of `explore`.
     """
     for index, (position, ground_truth_id, _) in enumerate(example.samples):
         if not 0 < position < len(input_ids):
             raise ArgumentError(f"{where}.samples[{index}]", f"a position in [1, {len(input_ids)})", position)
-        if input_ids[position] != ground_truth_id:
+        if own_tokens and input_ids[position] != ground_truth_id:
             expected = f"the solution's token {input_ids[position]} at position {position}"
             raise ArgumentError(f"{where}.samples[{index}]", expected, ground_truth_id)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 from functools import cache
 
@@ -16,11 +17,11 @@ import arithmetic
 import llm2_fast
 import oracle
 import tiny
-from llm2_fast import ArgumentError, GenerationConfig
+from llm2_fast import ArgumentError, ExplorationConfig, GenerationConfig, explore
 from llm2_fast.answers import GoldAnswer
-from llm2_fast.explore import ExplorationConfig, explore
-from llm2_fast.explore.pairs import Pairs
-from llm2_fast.explore.tally import Tally
+from llm2_fast.cli import main
+from llm2_fast.exploration.pairs import Pairs
+from llm2_fast.exploration.tally import Tally
 from llm2_fast.problems import load_problems
 from llm2_fast.supervision import TokenPair, TokenQuality, check_positions, read_supervision, tokenize_messages
 from verifiers import head_verifier
@@ -392,6 +393,28 @@ def test_everything_is_given_back_after_an_error(tmp_path):
         explore(built, PROBLEMS, tmp_path, quality=fail, **FEW)
     assert built._backend._llm.lengths == {}
     assert built.generate("1 + 1 =", max_new_tokens=2)[0].samples[0].token_ids
+
+
+# --- Command line --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_explores(tmp_path, capsys):
+    MODEL.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
+    arguments = ["explore", str(tmp_path / "model"), str(tmp_path / "problems.jsonl")]
+    options = ["--n=6", "--max-new-tokens=8", "--threshold=0.25", "--thresholds=0.5", "--max-batch-size=16"]
+    assert main([*arguments, str(tmp_path / "out"), *options, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    expected, same = run(tmp_path / "expected", thresholds=(0.5,))
+    assert {example.id: example for example in read_supervision(tmp_path / "out").examples} == expected
+    assert (report["problems"], report["rollouts"]) == (same.problems, same.rollouts)
+    assert main([*arguments, str(tmp_path / "out"), *options]) == 0
+    assert "0 explored, 3 there already" in capsys.readouterr().out
+    assert main([*arguments, str(tmp_path / "out"), "--n=7"]) == 2
+    assert "expected supervision made with the same model and options" in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "out"), "--quality=beauty"]) == 2
+    assert "invalid choice: 'beauty'" in capsys.readouterr().err
 
 
 # --- Bad input -----------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 import arithmetic
 import llm2_fast
-from llm2_fast import ArgumentError
-from llm2_fast.explore import explore, store
-from llm2_fast.explore.store import ShardStore
+from llm2_fast import ArgumentError, explore
+from llm2_fast.exploration import store
+from llm2_fast.exploration.store import ShardStore
 from llm2_fast.problems import load_problems
 from llm2_fast.supervision import Manifest, SupervisionExample, TokenPair, TokenQuality, read_supervision
 

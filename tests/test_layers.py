@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "version"),
     ("config", "results", "rng", "sequence"),
-    ("answers", "detokenizer", "problems", "prompts", "supervision"),
+    ("answers", "datacheck", "detokenizer", "problems", "prompts", "supervision"),
     ("reference",),
     ("kernels",),
     ("ops",),
@@ -27,7 +27,7 @@ LAYERS = (
     ("verifier",),
     ("backends",),
     ("engine", "train"),
-    ("explore", "evaluate", "integrations"),
+    ("evaluate", "exploration", "integrations"),
     ("__init__",),
     ("cli", "__main__"),
 )
@@ -183,7 +183,7 @@ CLEAN_TREE = {
     "engine.py": "import llm2_fast.cache.blocks\n",
     "train/__init__.py": "from llm2_fast import cache\n",
     "evaluate.py": "from llm2_fast.engine import LLM\n",
-    "explore/__init__.py": "from llm2_fast.evaluate import answer\n",
+    "exploration/__init__.py": "from llm2_fast.evaluate import answer\n",
     "cli.py": "from llm2_fast import __version__, engine\nfrom llm2_fast.train import fit\n",
 }
 
@@ -212,8 +212,8 @@ def test_checker_accepts_a_clean_tree(tmp_path: Path) -> None:
         ("engine.py", "from llm2_fast import LLM\n", "a higher layer"),
         ("engine.py", "from llm2_fast.train import fit\n", "beside it"),
         ("train/loop.py", "from llm2_fast.engine import LLM\n", "beside it"),
-        ("explore/__init__.py", "from llm2_fast.train import fit\n", "only the command line"),
-        ("evaluate.py", "import llm2_fast.explore\n", "units import each other: evaluate, explore"),
+        ("exploration/__init__.py", "from llm2_fast.train import fit\n", "only the command line"),
+        ("evaluate.py", "import llm2_fast.exploration\n", "units import each other: evaluate, exploration"),
         ("kernels/select.py", "from kernels import common\n", "imports kernels"),
         ("engine.py", "import bench.harness\n", "imports bench.harness"),
         ("cli.py", "from tests import tolerances\n", "imports tests"),

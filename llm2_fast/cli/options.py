@@ -1,4 +1,4 @@
-"""Command-line options made from `GenerationConfig`, and those of `load`. Neither repeats a default value."""
+"""Command-line options made from configurations, and those of `load`. Neither repeats a default value."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import inspect
 import re
 from collections.abc import Iterable
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
-from llm2_fast.config import GenerationConfig
+from llm2_fast.config import GenerationConfig, literal_values
 
 # `load` lives beside torch, so its keywords are named here; those not given keep its defaults.
 _LOAD_OPTIONS: dict[str, dict[str, Any]] = {
@@ -31,15 +31,33 @@ def add_generation_options(
         defaults: What `generation_config` starts from.
         names: The fields; all if None.
     """
-    hints, documentation = get_type_hints(GenerationConfig), _attribute_documentation(GenerationConfig)
-    group = parser.add_argument_group("generation")
-    for name in GenerationConfig.option_names() if names is None else names:
+    add_config_options(parser, "generation", defaults, names)
+
+
+def add_config_options(
+    parser: argparse.ArgumentParser, title: str, defaults: Any, names: Iterable[str] | None = None
+) -> None:
+    """Add an option per field of a configuration, with its documentation and the value in `defaults`.
+
+    Args:
+        parser: Gets the options, in a group called `title`.
+        defaults: A `GenerationConfig` or another dataclass with `option_names` and `merge`.
+        names: The fields; all if None.
+    """
+    hints, documentation = get_type_hints(type(defaults)), _attribute_documentation(type(defaults))
+    group = parser.add_argument_group(title)
+    for name in type(defaults).option_names() if names is None else names:
         text, default = documentation.get(name, ""), getattr(defaults, name)
+        choices = literal_values(hints[name])
         if hints[name] is bool:
             kind: dict[str, Any] = {"action": "store_true"}
-        elif hints[name] == tuple[str, ...]:
-            kind = {"action": "append", "metavar": "TEXT"}
+        elif get_origin(hints[name]) is tuple:
+            item = get_args(hints[name])[0]
+            kind = {"action": "append", "type": item, "metavar": "TEXT" if item is str else "X"}
             text += " Repeatable."
+        elif choices:
+            kind = {"choices": choices}
+            text += f" Default: {default}."
         else:  # a number, or a number or None
             number = next(iter(get_args(hints[name])), hints[name])
             kind = {"type": number, "metavar": "N" if number is int else "X"}
@@ -56,12 +74,17 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
 
 def generation_config(options: argparse.Namespace, defaults: GenerationConfig) -> GenerationConfig:
     """`defaults` with the options that were given. Raises `ArgumentError` for a value out of range."""
-    return defaults.merge(**_given(options, GenerationConfig.option_names()))
+    return defaults.merge(**given_options(options, defaults))
 
 
 def load_options(options: argparse.Namespace) -> dict[str, Any]:
     """Keywords for `llm2_fast.load`: the options that were given."""
     return _given(options, _LOAD_OPTIONS)
+
+
+def given_options(options: argparse.Namespace, defaults: Any) -> dict[str, Any]:
+    """The options that `add_config_options` added for `defaults` and that were given."""
+    return _given(options, type(defaults).option_names())
 
 
 def _flag(name: str) -> str:

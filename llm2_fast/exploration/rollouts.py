@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from llm2_fast.backends.backend import Backend
 from llm2_fast.config import GenerationConfig
-from llm2_fast.explore.report import ExplorationReport
-from llm2_fast.explore.tally import Tally
+from llm2_fast.exploration.report import ExplorationReport
+from llm2_fast.exploration.tally import Tally
 from llm2_fast.sequence import Sequence
 
 _REQUEST_IDS = 2**31

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from llm2_fast.explore.config import ExplorationConfig
-from llm2_fast.explore.skip import Skip
-from llm2_fast.explore.teacher import Teacher
+from llm2_fast.exploration.config import ExplorationConfig
+from llm2_fast.exploration.skip import Skip
+from llm2_fast.exploration.teacher import Teacher
 from llm2_fast.ops import select_candidates
 from llm2_fast.sequence import Sequence
 

@@ -10,14 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2_fast.answers import GoldAnswer, find_answer
 from llm2_fast.config import GenerationConfig
-from llm2_fast.explore.candidates import Position, draw_positions, find_positions
-from llm2_fast.explore.config import ExplorationConfig
-from llm2_fast.explore.pairs import Measured, Pairs
-from llm2_fast.explore.report import ExplorationReport
-from llm2_fast.explore.rollouts import Branch
-from llm2_fast.explore.skip import Skip
-from llm2_fast.explore.tally import Tally
-from llm2_fast.explore.teacher import Teacher
+from llm2_fast.exploration.candidates import Position, draw_positions, find_positions
+from llm2_fast.exploration.config import ExplorationConfig
+from llm2_fast.exploration.pairs import Measured, Pairs
+from llm2_fast.exploration.report import ExplorationReport
+from llm2_fast.exploration.rollouts import Branch
+from llm2_fast.exploration.skip import Skip
+from llm2_fast.exploration.tally import Tally
+from llm2_fast.exploration.teacher import Teacher
 from llm2_fast.problems import Problem
 from llm2_fast.prompts import encode_prompt
 from llm2_fast.sequence import Sequence

@@ -11,7 +11,7 @@ import torch
 
 from llm2_fast.backends.backend import Backend
 from llm2_fast.config import GenerationConfig
-from llm2_fast.explore.report import ExplorationReport
+from llm2_fast.exploration.report import ExplorationReport
 from llm2_fast.sequence import Sequence
 
 _CONFIG = GenerationConfig()

@@ -14,12 +14,12 @@ from llm2_fast.answers import answers_equal
 from llm2_fast.config import check_number
 from llm2_fast.engine import Engine, load
 from llm2_fast.errors import ArgumentError
-from llm2_fast.explore.config import ExplorationConfig
-from llm2_fast.explore.problem import ProblemExplorer
-from llm2_fast.explore.report import ExplorationReport
-from llm2_fast.explore.rollouts import RolloutPool
-from llm2_fast.explore.store import ShardStore
-from llm2_fast.explore.teacher import Teacher
+from llm2_fast.exploration.config import ExplorationConfig
+from llm2_fast.exploration.problem import ProblemExplorer
+from llm2_fast.exploration.report import ExplorationReport
+from llm2_fast.exploration.rollouts import RolloutPool
+from llm2_fast.exploration.store import ShardStore
+from llm2_fast.exploration.teacher import Teacher
 from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.models.loading import tokenizer_hash
 from llm2_fast.problems import Problem, load_problems

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-from llm2_fast.config import GenerationConfig, check_number, check_option_names
+from llm2_fast.config import GenerationConfig, check_number, check_option_names, literal_values
 from llm2_fast.errors import ArgumentError
 from llm2_fast.problems import Problem
 
@@ -93,8 +93,9 @@ class ExplorationConfig:
         for threshold in self.thresholds:
             check_number("thresholds", threshold)
         object.__setattr__(self, "thresholds", tuple(self.thresholds))
+        hints = get_type_hints(type(self))
         for name in ("quality", "positive", "strategy", "solutions"):
-            value, choices = getattr(self, name), self.choices(name)
+            value, choices = getattr(self, name), literal_values(hints[name])
             if value not in choices and not (name == "quality" and callable(value)):
                 raise ArgumentError(name, f"one of {', '.join(map(repr, choices))}", repr(value))
         if self.bypass and (self.positive == "best" or self.strategy == "quality"):
@@ -105,13 +106,6 @@ class ExplorationConfig:
     def option_names(cls) -> tuple[str, ...]:
         """The names of all options."""
         return tuple(field.name for field in fields(cls))
-
-    @classmethod
-    def choices(cls, name: str) -> tuple[str, ...]:
-        """The names that option `name` may have as its value; empty if it is no such option."""
-        hint = get_type_hints(cls)[name]
-        literals = [hint] if get_origin(hint) is Literal else get_args(hint)
-        return tuple(value for literal in literals if get_origin(literal) is Literal for value in get_args(literal))
 
     def merge(self, **overrides: Any) -> ExplorationConfig:
         """A copy with `overrides` in place. Raises `ArgumentError` for an unknown name."""

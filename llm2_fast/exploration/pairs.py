@@ -6,7 +6,7 @@ import math
 import random
 from dataclasses import dataclass, field
 
-from llm2_fast.explore.config import ExplorationConfig
+from llm2_fast.exploration.config import ExplorationConfig
 from llm2_fast.supervision import TokenPair, TokenQuality
 
 _LEAST_WEIGHT = 1e-12
