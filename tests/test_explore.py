@@ -21,6 +21,7 @@ from llm2_fast import ArgumentError, ExplorationConfig, GenerationConfig, explor
 from llm2_fast.answers import GoldAnswer
 from llm2_fast.cli import main
 from llm2_fast.exploration.pairs import Pairs
+from llm2_fast.exploration.store import ShardStore
 from llm2_fast.exploration.tally import Tally
 from llm2_fast.problems import load_problems
 from llm2_fast.supervision import TokenPair, TokenQuality, check_positions, read_supervision, tokenize_messages
@@ -391,6 +392,19 @@ def test_everything_is_given_back_after_an_error(tmp_path):
 
     with pytest.raises(RuntimeError, match="quality failed"):
         explore(built, PROBLEMS, tmp_path, quality=fail, **FEW)
+    assert built._backend._llm.lengths == {}
+    assert built.generate("1 + 1 =", max_new_tokens=2)[0].samples[0].token_ids
+
+
+def test_a_full_disk_leaves_the_engine_usable(tmp_path, monkeypatch):
+    def full(self, example):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(ShardStore, "append", full)
+    built = llm2_fast.load(MODEL, tokenizer=TOKENIZER, backend="cpu")
+    with pytest.raises(OSError, match="no space left") as error:
+        explore(built, PROBLEMS, tmp_path, **FEW)
+    assert error.tb is not None  # while the error is still around
     assert built._backend._llm.lengths == {}
     assert built.generate("1 + 1 =", max_new_tokens=2)[0].samples[0].token_ids
 

@@ -136,5 +136,6 @@ class ExplorationConfig:
         """What makes the results, for a manifest."""
         options = {**asdict(self), "thresholds": list(self.thresholds)}
         if callable(self.quality):
-            options["quality"] = f"{self.quality.__module__}.{self.quality.__qualname__}"
+            named = self.quality if hasattr(self.quality, "__qualname__") else type(self.quality)
+            options["quality"] = f"{named.__module__}.{named.__qualname__}"
         return options

@@ -24,6 +24,7 @@ from llm2_fast.sequence import Sequence
 from llm2_fast.supervision import SupervisionExample, TokenQuality, tokenize_messages
 
 _STATEMENT = "\nThe answer is "  # before the gold answer, where a continuation states none
+_LOGPROB_DIGITS = 4  # behind the point, in what is written
 
 Exploration = Generator[list[Branch], None, SupervisionExample]
 Judge = Callable[[list[int], bool], float]
@@ -141,21 +142,23 @@ class ProblemExplorer:
 
     def _quality(self, tally: Tally | None, plausible: bool, logprob: float) -> TokenQuality:
         if tally is None:
-            return TokenQuality(None, None, 0, 0, plausible, logprob)
+            return TokenQuality(None, None, 0, 0, plausible, round(logprob, _LOGPROB_DIGITS))
         self._report.spared_rollouts += tally.n - tally.done
         if not math.isfinite(tally.total):
             raise Skip("a quality is not finite")
         right = round(tally.total) if self._config.quality == "answer" else None
-        return TokenQuality(tally.total / tally.done, right, tally.done, tally.n, plausible, logprob)
+        quality = tally.total / tally.done
+        return TokenQuality(quality, right, tally.done, tally.n, plausible, round(logprob, _LOGPROB_DIGITS))
 
     def _judge(self, problem: Problem, prompt: list[int]) -> Judge:
         """What a solution, given as tokens, is worth."""
-        quality, gold = self._config.quality, problem.gold
+        quality = self._config.quality
+        if callable(quality):
+            return lambda solution, complete: float(quality(problem, self._text(solution)))
+        gold = problem.gold
         if quality == "answer":
             return lambda solution, complete: float(gold.is_right(self._text(solution), complete=complete))
-        if quality == "likelihood":
-            return lambda solution, complete: self._answer_likelihood(prompt, self._text(solution), gold)
-        return lambda solution, complete: float(quality(problem, self._text(solution)))
+        return lambda solution, complete: self._answer_likelihood(prompt, self._text(solution), gold)
 
     def _answer_likelihood(self, prompt: list[int], solution: str, gold: GoldAnswer) -> float:
         """Mean log-probability per token of the gold answer where `solution` states its own, or behind it."""

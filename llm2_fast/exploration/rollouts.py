@@ -122,7 +122,8 @@ class RolloutPool:
                 yield from self._fill(tasks)
                 if not self._live:
                     return
-                self._step()
+                while not self._step():
+                    pass
         finally:
             for rollout in self._live:
                 self._backend.free(rollout.sequence)
@@ -178,7 +179,8 @@ class RolloutPool:
         self._report.shared_tokens += shared
         return _Rollout(branch, sequence, limit)
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """One token for each. Returns whether a place has become free."""
         outputs = self._backend.step([rollout.sequence for rollout in self._live])
         live = []
         for rollout, output in zip(self._live, outputs, strict=True):
@@ -195,4 +197,6 @@ class RolloutPool:
                 branch.finish(sequence.sample_index, sequence.token_ids, complete)
             else:
                 live.append(rollout)
+        some_ended = len(live) < len(self._live)
         self._live = live
+        return some_ended

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -77,11 +78,13 @@ def explore(
         report.resumed = len(chosen) - len(waiting)
         bar = tqdm(total=len(chosen), initial=report.resumed, desc="explore", unit="problem", disable=not progress)
         with bar:
-            for example in explore_problems(engine, waiting, config, max_batch_size, report):
-                store.append(example)
-                report.seconds = time.perf_counter() - start
-                bar.set_postfix_str(f"{report.tokens_per_second:.0f} tokens/s, {report.pairs} pairs", refresh=False)
-                bar.update()
+            # Closed at once if writing fails, so that the engine is usable again.
+            with closing(explore_problems(engine, waiting, config, max_batch_size, report)) as examples:
+                for example in examples:
+                    store.append(example)
+                    report.seconds = time.perf_counter() - start
+                    bar.set_postfix_str(f"{report.tokens_per_second:.0f} tokens/s, {report.pairs} pairs", refresh=False)
+                    bar.update()
     report.seconds = time.perf_counter() - start
     return report
 
