@@ -38,7 +38,7 @@ class Backend(ABC):
     def logits(self, sequences: list[Sequence]) -> torch.Tensor:
         """System 1's logits of the next token of each sequence, float32 [B, vocab_size]; none is chosen.
 
-        The next step may overwrite them. Not with a verifier on every backend.
+        Of a backend without a verifier; the next step may overwrite them.
         """
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -73,7 +74,9 @@ class PlainCpuPlan(CpuPlan):
         return step_outputs(sequences, candidates, None, picked, [0] * len(sequences))
 
     def logits(self, sequences: list[Sequence]) -> torch.Tensor:
-        return self._run(sequences).picked.adjusted
+        # Every logit is written only where a token is drawn; what is drawn is left aside.
+        drawing = [replace(s, config=s.config.merge(temperature=1.0)) for s in sequences]
+        return self._run(drawing).picked.adjusted
 
     def _run(self, sequences: list[Sequence]) -> StepTensors:
         vocab_size = self._llm.spec.vocab_size

@@ -76,15 +76,18 @@ def explore(
     with ShardStore(output_dir, manifest_of(engine, config)) as store:
         waiting = [problem for problem in chosen if problem.id not in store.ids]
         report.resumed = len(chosen) - len(waiting)
-        bar = tqdm(total=len(chosen), initial=report.resumed, desc="explore", unit="problem", disable=not progress)
-        with bar:
+        with (
+            tqdm(
+                total=len(chosen), initial=report.resumed, desc="explore", unit="problem", disable=not progress
+            ) as bar,
             # Closed at once if writing fails, so that the engine is usable again.
-            with closing(explore_problems(engine, waiting, config, max_batch_size, report)) as examples:
-                for example in examples:
-                    store.append(example)
-                    report.seconds = time.perf_counter() - start
-                    bar.set_postfix_str(f"{report.tokens_per_second:.0f} tokens/s, {report.pairs} pairs", refresh=False)
-                    bar.update()
+            closing(explore_problems(engine, waiting, config, max_batch_size, report)) as examples,
+        ):
+            for example in examples:
+                store.append(example)
+                report.seconds = time.perf_counter() - start
+                bar.set_postfix_str(f"{report.tokens_per_second:.0f} tokens/s, {report.pairs} pairs", refresh=False)
+                bar.update()
     report.seconds = time.perf_counter() - start
     return report
 
