@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUTPUT",
         help="directory for the supervision; an interrupted run is taken up where it stopped",
     )
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="this process, or a Ray cluster")
+    parser.add_argument("--num-workers", metavar="N", type=int, help="on a cluster; by default one per GPU or machine")
     parser.add_argument("--json", action="store_true", help="print the report as a JSON object")
     add_config_options(parser, "exploration", _DEFAULTS)
     add_load_options(parser)
@@ -40,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
         options.problems,
         options.output,
         config,
+        engine=options.engine,
+        num_workers=options.num_workers,
         progress=sys.stderr.isatty(),
         load_options=loading,
         **batch,
