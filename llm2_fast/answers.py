@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ AnswerKind = Literal["number", "math"]
 
 _MARKED = re.compile(r"####[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 _BOXED = re.compile(r"\\f?box(?:ed)?\s*\{")
-_STATED = re.compile(r"\banswer is[ \t]*:?[ \t]*(\S.*?)[ \t]*(?:\.(?=\s|$)|$)", re.IGNORECASE | re.MULTILINE)
+_STATED = re.compile(  # perhaps in bold
+    r"\banswer is[ \t]*:?[ \t*]*([^\s*].*?)[ \t*]*(?:\.\**(?=\s|$)|$)", re.IGNORECASE | re.MULTILINE
+)
 # A minus sign belongs to a number only if no operand stands before it, and digits inside a word (x2) are no number.
 _SIGN = r"(?:(?<![\w)])-)?(?:\$\s?)?"
 _NUMBER = re.compile(rf"{_SIGN}(?:(?<!\w)(?<!\d\.)(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)")
@@ -154,10 +157,16 @@ def _equivalent(answer: str, gold: str) -> bool:
         raise MissingDependencyError(
             "comparing mathematical expressions needs: pip install 'llm2-fast[eval]'"
         ) from error
-    # Its time limit is an alarm signal, which only the main thread may set.
-    seconds = _TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None
+    return math_verify.verify(_parse(gold), _parse(answer), timeout_seconds=_time_limit())
 
-    def parse(text: str) -> list[Any]:
-        return math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=seconds)
 
-    return math_verify.verify(parse(gold), parse(answer), timeout_seconds=seconds)
+@functools.lru_cache(maxsize=4096)
+def _parse(expression: str) -> list[Any]:
+    import math_verify
+
+    return math_verify.parse(f"\\boxed{{{expression}}}", parsing_timeout=_time_limit())
+
+
+def _time_limit() -> int | None:
+    """In seconds. It works by an alarm signal, which only the main thread may set."""
+    return _TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None

@@ -20,6 +20,8 @@ from llm2_fast.problems import Problem
         (r"first \boxed{1}, then \fbox{2}.", "2"),
         (r"The answer is 5, I mean \boxed{6}.", "6"),
         ("So the answer is 72.", "72"),
+        ("The answer is **72.** Good bye 7", "72"),
+        ("The answer is: **2*3**", "2*3"),
         ("The answer is: 3.5. There are 12 months.", "3.5"),
         ("the answer is $1,234.50 per day.\nGood bye 7", "$1,234.50 per day"),
         ("She has 3 apples and 12 pears", "12"),

@@ -20,7 +20,7 @@ from llm2_fast.models import smollm2
 from verifiers import head_verifier
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/embedding.md", "docs/verifiers.md")
+PAGES = ("README.md", "docs/embedding.md", "docs/supervision.md", "docs/verifiers.md")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -77,6 +77,13 @@ def test_embedding_gives_the_tokens_of_the_engine(stand_in: Callable[[PreTrained
     assert expected.stats.interventions > 0
     assert names["token_ids"] == tokens
     assert names["output"][0].tolist() == tokens
+
+
+def test_supervision(stand_in: Callable[[PreTrainedModel], None], capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in(tiny.causal_lm("llama"))
+    names = run("docs/supervision.md")
+    assert names["report"].pairs == len(names["example"].samples) > 0
+    assert f"{names['report'].rollouts} continuations" in capsys.readouterr().out
 
 
 def test_commands_parse() -> None:
