@@ -402,7 +402,7 @@ def test_train_json_is_what_the_api_returns(
 ) -> None:
     arguments = ["train", str(saved.model), str(supervised), f"--output-dir={tmp_path / 'run'}", "--json"]
     with pytest.warns(UserWarning, match="no better than chance"):
-        assert main([*arguments, "--heldout=0.25", "--learning-rate=1e-9", "--layers", "0", "-1"]) == 0
+        assert main([*arguments, "--heldout=0.25", "--learning-rate=1e-9", "--layers=0", "--layers=-1"]) == 0
     printed = json.loads(capsys.readouterr().out)
     with pytest.warns(UserWarning, match="no better than chance"):
         expected = llm2_fast.train_verifier(saved.model, supervised, heldout=0.25, learning_rate=1e-9, layers=(0, -1))
@@ -447,7 +447,7 @@ def test_every_training_option_is_a_flag(monkeypatch: pytest.MonkeyPatch, capsys
         if isinstance(value, bool):
             flags += [f"--{flag}" if value else f"--no-{flag}"]
         else:
-            flags += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+            flags += [f"--{flag}={item}" for item in (value if isinstance(value, list) else [value])]
     with pytest.raises(SystemExit):
         main(["train", "m", "s", "--output-dir=d", "--kind=full", "--init=i", "--resume", "--heldout=h", *flags])
     with pytest.raises(SystemExit):
@@ -463,7 +463,7 @@ def test_every_training_option_is_a_flag(monkeypatch: pytest.MonkeyPatch, capsys
 def test_train_help_documents_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help"])
-    entry = re.split(rf"\n  --{name.replace('_', '-')}[ ,]", capsys.readouterr().out)[1].partition("\n  --")[0]
+    entry = re.split(rf"\n  --{name.replace('_', '-')}[\s,]", capsys.readouterr().out)[1].partition("\n  --")[0]
     assert len(entry.split()) > 4
     assert ("default" in entry.lower()) == (name != "gradient_checkpointing")
 

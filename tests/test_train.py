@@ -345,8 +345,8 @@ def bad_supervision(**changes):
         ((99, 5, 6), r"supervision\[1\].samples\[0\]: expected a position in \[1, 13\), got 99"),
         ((0, 3, 6), r"supervision\[1\].samples\[0\]: expected a position in \[1, 13\), got 0"),
         ((5, 60, 6), r"supervision\[1\].samples\[0\]: expected the solution's token 2\d at position 5, got 60"),
-        ((1, None, 61), r"expected a negative in \[0, 61\) that is not the positive, got 61"),
-        ((1, None, None), r"expected a negative in \[0, 61\) that is not the positive"),
+        ((1, None, 61), r"expected two different tokens in \[0, 61\), got \[\d+, 61\]"),
+        ((1, None, None), r"expected two different tokens in \[0, 61\), got \[(\d+), \1\]"),
     ],
 )
 @pytest.mark.parametrize("kind", ["head", "full"])
@@ -375,6 +375,12 @@ def test_bad_sources(source, message):
         train(source)
 
 
+def test_a_source_that_is_no_text(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ArgumentError, match="supervision: expected JSON lines in UTF-8"):
+        train(tmp_path / "x.jsonl")
+
+
 def test_supervision_without_pairs(tmp_path):
     data = [SupervisionExample(entry.messages, []) for entry in supervision(3, seed=0)]
     with pytest.raises(ArgumentError, match="supervision: expected an example with pairs"):
@@ -391,6 +397,15 @@ def manifest(**changes):
     hashes = {"tokenizer_hash": tokenizer_hash(TOKENIZER), "chat_template_hash": chat_template_hash(TOKENIZER)}
     ours = {"model": "tiny", "model_fingerprint": fingerprint(tiny.causal_lm("llama")), **hashes}
     return Manifest(**{**ours, "options": {}, "llm2_fast_version": "0", **changes})
+
+
+def test_positives_that_the_solution_does_not_contain():
+    """As exploration makes them with `positive="best"`; elsewhere they are a mistake."""
+    data = supervision(3, seed=0)
+    data[1] = dataclasses.replace(data[1], samples=[TokenPair(5, 40, 41), TokenPair(5, 40, 42)])
+    with pytest.raises(ArgumentError, match="expected the solution's token"):
+        train(Supervision(data, manifest()))
+    assert train(Supervision(data, manifest(options={"positive": "best"}))).num_pairs == 2 * 18 + 2
 
 
 def test_supervision_made_with_something_else():

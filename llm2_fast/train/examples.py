@@ -179,8 +179,11 @@ def tokenize_source(
         ArgumentError: A pair does not belong to its solution, or has an id outside the vocabulary.
     """
     if isinstance(source, Supervision):
-        entries = enumerate(source.examples)
-        solutions = [_tokenize_pairs(entry, tokenizer, vocab_size, max_length, f"{name}[{i}]") for i, entry in entries]
+        own_tokens = source.manifest is None or source.manifest.options.get("positive") != "best"
+        solutions = [
+            _tokenize_pairs(entry, tokenizer, vocab_size, max_length, own_tokens, f"{name}[{i}]")
+            for i, entry in enumerate(source.examples)
+        ]
     else:
         solutions = [tokenize_problem(problem, tokenizer, vocab_size, max_length) for problem in source]
     return [solution for solution in solutions if len(solution.input_ids) > solution.start and solution.pairs != []]
@@ -247,16 +250,21 @@ def plausible_pairs(examples: Iterable[Example]) -> list[Example]:
 
 
 def _tokenize_pairs(
-    entry: SupervisionExample, tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_length: int, where: str
+    entry: SupervisionExample,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    max_length: int,
+    own_tokens: bool,
+    where: str,
 ) -> Solution:
     if not entry.samples:
         return Solution([], 0, [])
     input_ids = tokenize_messages(entry.messages, tokenizer)
-    check_positions(entry, input_ids, where)
-    for index, pair in enumerate(entry.samples):
-        if not 0 <= pair.negative_id < vocab_size or pair.negative_id == pair.ground_truth_id:
-            expected = f"a negative in [0, {vocab_size}) that is not the positive"
-            raise ArgumentError(f"{where}.samples[{index}]", expected, pair.negative_id)
+    check_positions(entry, input_ids, where, own_tokens=own_tokens)
+    for index, (_, *token_ids) in enumerate(entry.samples):
+        if max(token_ids) >= vocab_size or len(set(token_ids)) < 2:
+            expected = f"two different tokens in [0, {vocab_size})"
+            raise ArgumentError(f"{where}.samples[{index}]", expected, token_ids)
     return Solution(input_ids[:max_length], 0, [pair for pair in entry.samples if pair.position < max_length])
 
 
@@ -266,10 +274,11 @@ def _is_supervision(path: Path, name: str) -> bool:
         return True
     if not path.is_file():
         raise ArgumentError(name, "a JSON-lines file, or a directory that exploration wrote", str(path))
-    with path.open(encoding="utf-8") as file:
-        first = next((line for line in file if line.strip()), "{}")
     try:
-        return "messages" in _keys(json.loads(first))
+        with path.open(encoding="utf-8") as file:
+            return "messages" in _keys(json.loads(next((line for line in file if line.strip()), "{}")))
+    except UnicodeDecodeError as error:
+        raise ArgumentError(name, "JSON lines in UTF-8", f"{path}: {error}") from error
     except json.JSONDecodeError:
         return False  # `load_problems` names the line
 

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def train_verifier(
             `model`, as in the paper.
         tokenizer: Instead of the one beside the weights.
         output_dir: Where the verifier, a record of how it was made and measured (`training.json`) and checkpoints go.
-            `lora` and `full` need one.
+            `lora` and `full` need one, which all processes share.
         resume: Continue the run in `output_dir` from its last checkpoint. Starts one if there is none; refuses one that
             was begun with other options, models or examples.
         progress: Show progress bars.
@@ -104,25 +105,27 @@ def train_verifier(
     config = TrainingConfig.for_kind(kind, **options)
     _check_arguments(kind, init, output_dir, resume, trainer_options)
     run = None if output_dir is None else Run(output_dir, resume)
-    train, test = _split(load_source(supervision, "supervision"), heldout)
+    train_data, heldout_data = _split(load_source(supervision, "supervision"), heldout)
     if config.plausible_only is None:
-        config = dataclasses.replace(config, plausible_only=not isinstance(train, Supervision))
+        config = dataclasses.replace(config, plausible_only=not isinstance(train_data, Supervision))
 
+    train = train_head
     if kind != "head":
         from llm2_fast.train import network  # brings accelerate, which a head does not need
 
         # Before models are loaded, since every process gets its device here.
         device = model.device if isinstance(model, PreTrainedModel) else resolve_device("auto")
         arguments = network.training_arguments(config, run.checkpoints, device, progress, trainer_options)
-    task = _make_task(kind, config, model, tokenizer, init, train, test, progress)
+        train = partial(network.train_network, run=run, arguments=arguments)
+    task = _make_task(kind, config, model, tokenizer, init, train_data, heldout_data, progress)
     is_main = int(os.environ.get("RANK", "0")) == 0
     if run is not None:
         surroundings = {"num_processes": _num_processes(), "trainer_options": dict(trainer_options or {})}
         run.begin({**task.describe(), **surroundings}, write=is_main)
 
     device = task.base.model.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # what is seeded here stays here
-        trained = train_head(task) if kind == "head" else network.train_network(task, run, arguments)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # torch's, which are seeded here
+        trained = train(task)
         if run is not None and is_main:
             trained.verifier.save_pretrained(run.directory)
     result = _measure(trained)
@@ -178,8 +181,8 @@ def _make_task(
     model: str | os.PathLike[str] | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     init: str | os.PathLike[str] | PreTrainedModel | None,
-    train: Data,
-    test: Data,
+    train_data: Data,
+    heldout_data: Data,
     progress: bool,
 ) -> Task:
     """Load the models, tokenize the data, and check that everything fits together."""
@@ -197,7 +200,7 @@ def _make_task(
         limits.append(Decoder(network).max_position_embeddings)
     max_length = min(limit for limit in limits if limit is not None)
     solutions = []
-    for name, data in (("supervision", train), ("heldout", test)):
+    for name, data in (("supervision", train_data), ("heldout", heldout_data)):
         if isinstance(data, Supervision) and data.manifest is not None:
             _check_manifest(data.manifest, base, name)
         solutions.append(tokenize_source(data, base.tokenizer, lm.vocab_size, max_length, name))
