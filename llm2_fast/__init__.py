@@ -27,7 +27,7 @@ _PUBLIC = {
     "explore": "exploration.run",
     "generate": "engine",
     "load": "engine",
-    "train_verifier": "train",
+    "train_verifier": "train.trainer",
 }
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from llm2_fast.exploration.report import ExplorationReport
     from llm2_fast.exploration.run import explore
     from llm2_fast.results import Generation, GenerationStats, Sample, StreamEvent, TraceStep
-    from llm2_fast.train import train_verifier
+    from llm2_fast.train.trainer import train_verifier
     from llm2_fast.verifier import Verifier
 
 __all__ = ["__version__", *_PUBLIC]

@@ -246,3 +246,22 @@ def branch_attention(
         weights = (torch.einsum("hgd,thd->hgt", grouped, keys.float()) * scale).softmax(dim=-1)
         output[r] = torch.einsum("hgt,thd->hgd", weights, values.float()).reshape(num_heads, head_dim).to(query.dtype)
     return output
+
+
+def pairwise_loss(positive_scores: torch.Tensor, negative_scores: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(s+ - s-), averaged over pairs (LLM2, equation 4).
+
+    Pair m compares `positive_scores[position[m]]` with `negative_scores[m]`; many pairs may share a positive. With
+    p[m] = sigmoid(s- - s+) of pair m, the gradient is p[m] / M for `negative_scores[m]` and minus the sum of
+    p[m] / M over the pairs with position[m] = i for `positive_scores[i]`. Without pairs, loss and gradient are 0.
+
+    Args:
+        positive_scores: float32 [P].
+        negative_scores: float32 [M].
+        position: int64 [M], in [0, P).
+
+    Returns:
+        float32 scalar.
+    """
+    margin = positive_scores[position] - negative_scores
+    return -torch.nn.functional.logsigmoid(margin).sum() / max(1, len(position))

@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import llm2_fast
+import successors
 import tiny
 import tiny_tokenizer
 from llm2_fast import GenerationConfig
@@ -28,6 +30,9 @@ from llm2_fast.cli.options import _LOAD_OPTIONS
 from llm2_fast.cli.trace_view import marked_text, show_steps
 from llm2_fast.models import smollm2
 from llm2_fast.results import GenerationStats, TraceStep
+from llm2_fast.supervision import write_supervision
+from llm2_fast.train import trainer
+from llm2_fast.train.config import TrainingConfig
 from verifiers import head_verifier
 
 PROMPT = "w7 w8 w9"
@@ -239,6 +244,11 @@ def test_help_documents_every_option(name: str, capsys: pytest.CaptureFixture[st
         (["generate", "m", "--chat", "p", "--no-such-option", "q"], "unrecognized arguments: p --no-such-option q"),
         (["info", "p", "q"], "unrecognized arguments: q"),
         (["info", "no/such/path"], "path: expected a directory or a GGUF file, got no/such/path"),
+        (["train", "m", "s"], "required: --output-dir"),
+        (["train", "m", "s", "--output-dir=d", "--kind=tree"], "--kind: invalid choice: 'tree'"),
+        (["train", "m", "no/such/file", "--output-dir=d"], "supervision: expected a JSON-lines file, or a directory"),
+        (["train", "m", "s", "--output-dir=d", "--mlp-size=4", "--kind=full"], "mlp_size: expected an option of kind"),
+        (["train", "m", "s", "--output-dir=d", "--trainer-option=x"], "--trainer-option: expected NAME=VALUE, got x"),
         (["demo", "--beta=-1"], "beta: expected a number >= 0 and <= 1e+06, got -1.0"),
     ],
 )
@@ -280,10 +290,11 @@ def test_interrupt(saved: Checkpoints, capsys: pytest.CaptureFixture[str], monke
     assert fail(["generate", str(saved.model), PROMPT], capsys, code=130) == "llm2-fast: interrupted"
 
 
-def test_help_needs_neither_torch_nor_transformers() -> None:
+@pytest.mark.parametrize("command", ["generate", "train"])
+def test_help_needs_neither_torch_nor_transformers(command: str) -> None:
     script = (
         "import sys\nfrom llm2_fast.cli import main\n"
-        "try: main(['generate', '--help'])\n"
+        f"try: main(['{command}', '--help'])\n"
         "except SystemExit: print({'torch', 'transformers', 'rich'} & set(sys.modules))"
     )
     root = Path(__file__).resolve().parent.parent
@@ -374,6 +385,87 @@ def test_info_about_neither(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     line = fail(["info", str(tmp_path)], capsys)
     assert "neither a verifier (" in line
     assert "nor a model (" in line
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def supervised(tmp_path: Path) -> Path:
+    """A file with supervision for the tiny model."""
+    write_supervision(tmp_path / "supervision.jsonl", successors.supervision(12, seed=0))
+    return tmp_path / "supervision.jsonl"
+
+
+def test_train_json_is_what_the_api_returns(
+    saved: Checkpoints, supervised: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", str(saved.model), str(supervised), f"--output-dir={tmp_path / 'run'}", "--json"]
+    with pytest.warns(UserWarning, match="no better than chance"):
+        assert main([*arguments, "--heldout=0.25", "--learning-rate=1e-9", "--layers=0", "--layers=-1"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    with pytest.warns(UserWarning, match="no better than chance"):
+        expected = llm2_fast.train_verifier(saved.model, supervised, heldout=0.25, learning_rate=1e-9, layers=(0, -1))
+    names = ("num_pairs", "heldout", "heldout_plausible")
+    assert printed == {"output_dir": str(tmp_path / "run"), **{n: to_json(getattr(expected, n)) for n in names}}
+    assert llm2_fast.Verifier.from_pretrained(tmp_path / "run").head.layers == (0, -1)
+    assert "chance" not in fail(
+        ["train", str(saved.model), str(supervised), f"--output-dir={tmp_path / 'run'}"], capsys
+    )
+
+
+def test_train_text(saved: Checkpoints, supervised: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--kind=full", f"--heldout={supervised}", "--batch-size=4", "--epochs=1", "--learning-rate=1e-9"]
+    trainer_options = ["--trainer-option=logging_steps=1", "--trainer-option=optim=sgd"]
+    run = tmp_path / "run"
+    with pytest.warns(UserWarning, match="no better than chance"):
+        assert main(["train", str(saved.model), str(supervised), f"--output-dir={run}", *flags, *trainer_options]) == 0
+    first, heading, every, plausible = capsys.readouterr().out.splitlines()  # what Trainer prints is not among them
+    record = json.loads((run / "training.json").read_text(encoding="utf-8"))
+    assert first == f"full verifier in {run}, trained on {12 * 18} pairs"
+    assert heading.split()[-4:] == ["verifier", "System", "1", "combined"]
+    measured = record["results"]["heldout"]
+    assert every.split()[:2] == ["all", "216"]
+    assert every.split()[2:] == [f"{measured[name]:.1%}" for name in ("verifier", "system1", "combined")]
+    assert plausible.startswith("those with plausible truth")
+    assert record["run"]["trainer_options"] == {"logging_steps": 1, "optim": "sgd"}
+    assert record["run"]["config"]["learning_rate"] == 1e-9
+
+
+def test_every_training_option_is_a_flag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {
+        "alpha": 0.2, "max_candidates": 4, "plausible_only": False, "max_length": 9, "epochs": 3, "learning_rate": 0.5,
+        "weight_decay": 0.25, "batch_size": 5, "per_device_batch_size": 1, "gradient_checkpointing": True, "bf16": True,
+        "save_steps": 6, "seed": 7, "layers": [0, -1], "mlp_size": 8, "lora_rank": 2, "lora_alpha": 4.0,
+    }  # fmt: skip
+    assert given.keys() == set(TrainingConfig.option_names())
+    seen = []
+    monkeypatch.setattr(trainer, "train_verifier", lambda *args, **options: seen.append((args, options)) or exit(7))
+    flags = []
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags += [f"--{flag}" if value else f"--no-{flag}"]
+        else:
+            flags += [f"--{flag}={item}" for item in (value if isinstance(value, list) else [value])]
+    with pytest.raises(SystemExit):
+        main(["train", "m", "s", "--output-dir=d", "--kind=full", "--init=i", "--resume", "--heldout=h", *flags])
+    with pytest.raises(SystemExit):
+        main(["train", "m", "s", "--output-dir=d"])
+    common = {"output_dir": "d", "progress": False, "trainer_options": {}}
+    assert seen == [
+        (("m", "s", "full"), {"heldout": "h", "init": "i", "resume": True, **common, **given}),
+        (("m", "s", "head"), {"heldout": 0.1, "init": None, "resume": False, **common}),
+    ]
+
+
+@pytest.mark.parametrize("name", TrainingConfig.option_names())
+def test_train_help_documents_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    entry = re.split(rf"\n  --{name.replace('_', '-')}[\s,]", capsys.readouterr().out)[1].partition("\n  --")[0]
+    assert len(entry.split()) > 4
+    assert ("default" in entry.lower()) == (name != "gradient_checkpointing")
 
 
 # --- demo -------------------------------------------------------------------------------------------------------------

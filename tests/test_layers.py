@@ -36,7 +36,7 @@ TRAIN_USERS = {"train", "__init__", "cli", "__main__"}
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 
 # Bookkeeping that must not pay for importing torch, nor depend on it through another module.
-TORCH_FREE = ("errors", "version", "config", "results", "sequence", "cache.blocks")
+TORCH_FREE = ("errors", "version", "config", "results", "sequence", "cache.blocks", "train.config")
 
 
 class Import(NamedTuple):

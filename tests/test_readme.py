@@ -20,7 +20,7 @@ from llm2_fast.models import smollm2
 from verifiers import head_verifier
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/embedding.md", "docs/supervision.md", "docs/verifiers.md")
+PAGES = ("README.md", "docs/embedding.md", "docs/supervision.md", "docs/training.md", "docs/verifiers.md")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -55,13 +55,20 @@ def run(page: str) -> dict[str, Any]:
     return names
 
 
-def test_readme(stand_in: Callable[[PreTrainedModel], None], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def trainable() -> PreTrainedModel:
+    """A tiny model that can be trained on the examples: their words are unknown, token 0, and as good as any other."""
     model = tiny.causal_lm("llama")
     with torch.no_grad():
-        # The words of the examples are unknown, token 0. As plausible as the favourite, they can be trained on.
         favourite = model(torch.zeros(1, 8, dtype=torch.long)).logits[0, -1].argmax()
         model.lm_head.weight[0] = model.lm_head.weight[favourite]
-    stand_in(model)
+    return model
+
+
+def test_readme(
+    stand_in: Callable[[PreTrainedModel], None], trainable: PreTrainedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(trainable)
     names = run("README.md")
     assert names["generation"].text in capsys.readouterr().out
     assert len(names["samples"]) == 4
@@ -84,6 +91,13 @@ def test_supervision(stand_in: Callable[[PreTrainedModel], None], capsys: pytest
     names = run("docs/supervision.md")
     assert names["report"].pairs == len(names["example"].samples) > 0
     assert f"{names['report'].rollouts} continuations" in capsys.readouterr().out
+
+
+def test_training(stand_in: Callable[[PreTrainedModel], None], trainable: PreTrainedModel) -> None:
+    stand_in(trainable)
+    names = run("docs/training.md")
+    assert names["result"].num_pairs > 0
+    assert names["engine"].verifier.kind == "lora"
 
 
 def test_commands_parse() -> None:

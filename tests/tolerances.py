@@ -27,6 +27,8 @@ TOLERANCES: dict[tuple[str, torch.dtype], dict[str, float]] = {
     ("decoder.hidden_states", torch.bfloat16): {"rtol": 0.0, "atol": 0.125},
     # Two logarithms per draw, each within one unit in the last place.
     ("gumbel", torch.float32): {"rtol": 1e-6, "atol": 1e-6},
+    # Networks in float64 whose norms and rotary angles stay float32: a sum in another order may round to either side.
+    ("packing", torch.float64): {"rtol": 1e-5, "atol": 1e-6},
     # Sums of terms up to about 50, of hidden states that are summed in another order with a cache than without.
     ("verifier.score", torch.float32): {"rtol": 1e-5, "atol": 5e-4},
 }

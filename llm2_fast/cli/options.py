@@ -51,6 +51,8 @@ def add_config_options(
         choices = literal_values(hints[name])
         if hints[name] is bool:
             kind: dict[str, Any] = {"action": "store_true"}
+        elif hints[name] == bool | None:
+            kind = {"action": argparse.BooleanOptionalAction}
         elif get_origin(hints[name]) is tuple:
             item = get_args(hints[name])[0]
             kind = {"action": "append", "type": item, "metavar": "TEXT" if item is str else "X"}
@@ -61,7 +63,8 @@ def add_config_options(
         else:  # a number, or a number or None
             number = next(iter(get_args(hints[name])), hints[name])
             kind = {"type": number, "metavar": "N" if number is int else "X"}
-            text += f" Default: {'none' if default is None else f'{default:g}'}."
+            if "by default" not in text.lower():
+                text += f" Default: {'none' if default is None else f'{default:g}'}."
         group.add_argument(_flag(name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
 
 

@@ -67,7 +67,7 @@ class Decoder:
         if rope := _batch_dependent_rope(config):
             raise ArgumentError("model", "rotary frequencies that do not depend on the batch", f"rope_type {rope!r}")
         self._num_layers: int = config.num_hidden_layers
-        self._windows = _attention_windows(config)
+        self._windows = attention_windows(config)
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise `ArgumentError` unless `forward` can return the hidden states of `layers`."""
@@ -157,17 +157,9 @@ class Decoder:
         row, key = torch.arange(positions.shape[1]), torch.arange(num_keys)
         # Prefix and chain are stored at their positions, branches behind them, wherever they belong.
         own = key == (torch.tensor(lengths)[:, None] + row)[..., None]
-        visible = (key < positions[..., None]) | own
         padding = row >= torch.tensor([len(r) for r in rows])[:, None]
-        visible |= padding[..., None]  # what padding sees is never read, but it must see something
-        masks = {}
-        for layer_type, window in self._windows.items():
-            inside = visible
-            if window is not None:
-                inside = visible & ((key > (positions - window)[..., None]) | own)
-            mask = torch.zeros(inside.shape, dtype=self.dtype).masked_fill_(~inside, torch.finfo(self.dtype).min)
-            masks[layer_type] = mask.unsqueeze(1).to(self.device)
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+        own |= padding[..., None]  # what padding sees is never read, but it must see something
+        return branch_masks(positions.to(self.device), own.to(self.device), self._windows, self.dtype)
 
 
 class LanguageModel(Decoder):
@@ -213,6 +205,31 @@ class LanguageModel(Decoder):
             )
 
 
+def branch_masks(
+    positions: torch.Tensor, own: torch.Tensor, windows: dict[str, int | None], dtype: torch.dtype
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Additive masks with which a row sees the keys before its position, and its own.
+
+    Args:
+        positions: int64 [B, Q], of each row.
+        own: bool [B, Q, K], keys that a row sees wherever they are stored.
+        windows: `attention_windows` of the model.
+        dtype: Of the masks.
+
+    Returns:
+        [B, 1, Q, K], or one such tensor per attention type where the layers differ.
+    """
+    key = torch.arange(own.shape[-1], device=positions.device)
+    masks = {}
+    for layer_type, window in windows.items():
+        visible = key < positions[..., None]
+        if window is not None:
+            visible &= key > (positions - window)[..., None]
+        mask = torch.zeros(own.shape, dtype=dtype, device=own.device)
+        masks[layer_type] = mask.masked_fill_(~(visible | own), torch.finfo(dtype).min).unsqueeze(1)
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
 def agree(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
     """Whether two tensors differ by at most `tolerance` times the largest finite value expected, NaN equal to NaN."""
     finite = expected[expected.isfinite()].abs()
@@ -240,7 +257,7 @@ def _batch_dependent_rope(config: object) -> str | None:
     return next((p["rope_type"] for p in per_type if p.get("rope_type") in _BATCH_DEPENDENT_ROPE), None)
 
 
-def _attention_windows(config: object) -> dict[str, int | None]:
+def attention_windows(config: object) -> dict[str, int | None]:
     """Attention types of the layers, each with its sliding window or None."""
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
