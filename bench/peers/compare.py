@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import files as files_module
 import harness
-import models
+from client import Client
 
 HERE = Path(__file__).resolve().parent
 BATCH_SIZES = (1, 8, 16, 32)
@@ -64,28 +65,16 @@ class Entry:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def start(self) -> None:
-        command = [self.python, str(HERE / f"{self.worker}.py"), json.dumps(self.options)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts |= self._answer()["ready"]
+        self.client = Client(self.worker, self.options, self.python)
+        self.facts["engine"] = self.client.engine
 
     def decode(self, prompts: list[list[int]], new_tokens: int) -> float:
-        print(json.dumps({"prompts": prompts, "new_tokens": new_tokens}), file=self._process.stdin, flush=True)
-        answer = self._answer()
+        answer = self.client.ask(prompts=prompts, new_tokens=new_tokens)
         self.facts |= {key: value for key, value in answer.items() if key not in ("seconds", "tokens")}
         return answer["seconds"]
 
-    def stop(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
 
-    def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name}: the worker ended with status {self._process.wait()}")
-        return json.loads(line)
-
-
-def entries(files: models.Files, arguments: argparse.Namespace) -> list[Entry]:
+def entries(files: files_module.Files, arguments: argparse.Namespace) -> list[Entry]:
     """Everything that is compared."""
     shared = {"num_threads": arguments.threads, "max_batch_size": max(BATCH_SIZES), "max_length": LONGEST}
     ours = {"model": str(files.model), "dtype": "bfloat16", **shared}
@@ -135,7 +124,7 @@ def report(found: list[Entry], new_tokens: int, arguments: argparse.Namespace, b
         ratio = f"{speed(entry, 1, new_tokens) / plain:.2f}"
         candidates = entry.facts.get("mean |C|")
         lines.append(f"| {entry.name} | {entry.verifier} | {' | '.join(speeds)} | {ratio} | {candidates or '-'} |")
-    floor = bandwidth / models.WEIGHT_BYTES
+    floor = bandwidth / files_module.WEIGHT_BYTES
     versions = ", ".join(sorted({entry.facts["engine"] for entry in found}))
     return "\n".join(
         [
@@ -144,7 +133,7 @@ def report(found: list[Entry], new_tokens: int, arguments: argparse.Namespace, b
             f"Tokens per second of all sequences, {new_tokens} new tokens per prompt, prefill included; medians over "
             f"{PROMPTS} prompts x {arguments.rounds} at batch size 1. {arguments.threads} threads. {versions}.",
             f"Read bandwidth {bandwidth / 1e9:.1f} GB/s (median of three, before, between and after): one sweep over "
-            f"the {models.WEIGHT_BYTES / 1e6:.0f} MB of bfloat16 weights per token allows {floor:.1f} tokens/s; "
+            f"the {files_module.WEIGHT_BYTES / 1e6:.0f} MB of bfloat16 weights per token allows {floor:.1f} tokens/s; "
             f"plain decoding at batch size 1 reaches {100 * plain / floor:.0f} % of it.",
         ]
     )
@@ -186,7 +175,7 @@ def main() -> None:
     questions = QUESTIONS
     if arguments.problems is not None:
         questions = [json.loads(line)["question"] for line in arguments.problems.open()][:PROMPTS]
-    files = models.prepare(arguments.output)
+    files = files_module.prepare(arguments.output)
     prompts = [files.tokenize(question) for question in questions]
     found = entries(files, arguments)
     for entry in found:
@@ -195,7 +184,7 @@ def main() -> None:
     measure(found, prompts, arguments.new_tokens, arguments.rounds)
     bandwidth += [harness.measure_read_bandwidth() for _ in range(2)]
     for entry in found:
-        entry.stop()
+        entry.client.close()
     table = report(found, arguments.new_tokens, arguments, statistics.median(bandwidth))
     print(table)
     (arguments.output / "table.md").write_text(table + "\n")

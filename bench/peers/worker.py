@@ -1,7 +1,8 @@
-"""What the workers of the comparison share: one engine per process, which decodes when it is told to.
+"""What the workers of the comparisons share: one engine per process, which does what it is told, when it is told.
 
-A worker is started with one JSON argument, its options, prints {"ready": {...}} and then answers every line
-{"prompts": [[token ids]], "new_tokens": n} with {"seconds": ..., "tokens": ..., ...}. So engines can take turns.
+A worker is started with one JSON argument, its options, prints its facts and then answers every line:
+{"prompts": [[token ids]], "new_tokens": n} with {"seconds": ..., "tokens": ..., ...}, and
+{"prompt": [token ids], "continuation": [token ids]} with {"argmax": [token ids]}. So engines can take turns.
 """
 
 from __future__ import annotations
@@ -10,27 +11,46 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from typing import Any
 
-Decode = Callable[[list[list[int]], int], dict[str, Any]]  # prompts decoded together, new tokens -> what to report
 
+class Worker(ABC):
+    """An engine.
 
-def serve(start: Callable[[dict[str, Any]], tuple[Decode, dict[str, Any]]]) -> None:
-    """Answer requests until the input ends. What the engines print goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    Attributes:
+        name: With its version.
+    """
 
-    def answer(content: dict[str, Any]) -> None:
-        print(json.dumps(content), file=answers, flush=True)
+    name: str
 
-    decode, facts = start(json.loads(sys.argv[1]))
-    answer({"ready": facts})
-    for line in sys.stdin:
-        request = json.loads(line)
+    @abstractmethod
+    def __init__(self, options: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    def decode(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+        """Continue prompts together, greedily. Returns the number of new `tokens`, and what else to report."""
+
+    def argmax(self, prompt: list[int], continuation: list[int]) -> list[int]:
+        """The tokens that the model finds most probable in place of each token of the continuation."""
+        raise NotImplementedError
+
+    @classmethod
+    def serve(cls) -> None:
+        """Answer requests until the input ends. What the engine prints goes to stderr."""
+        answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        worker = cls(json.loads(sys.argv[1]))
+        print(json.dumps({"engine": worker.name}), file=answers, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(worker._answer(json.loads(line))), file=answers, flush=True)
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        if "continuation" in request:
+            return {"argmax": self.argmax(**request)}
         begin = time.perf_counter()
-        report = decode(request["prompts"], request["new_tokens"])
+        report = self.decode(**request)
         seconds = time.perf_counter() - begin
-        tokens = request["new_tokens"] * len(request["prompts"])
-        assert report.pop("tokens") == tokens, "an engine stopped early"
-        answer({"seconds": seconds, "tokens": tokens, **report})
+        if report["tokens"] != request["new_tokens"] * len(request["prompts"]):
+            raise RuntimeError(f"{self.name} stopped early: {report['tokens']} tokens")
+        return {"seconds": seconds, **report}

@@ -8,46 +8,54 @@ from typing import Any
 
 import torch
 import transformers
-import worker
+from worker import Worker
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import naive
 
-from llm2_fast.verifier import Verifier
+from llm2_fast.verifier import FullVerifier, Verifier
 
 
-def start(options: dict[str, Any]) -> tuple[worker.Decode, dict[str, Any]]:
-    torch.set_num_threads(options["num_threads"])
-    dtype = getattr(torch, options["dtype"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(options["model"], dtype=dtype).eval()
-    model.generation_config.eos_token_id = None  # `generate` has no switch for this
-    model.generation_config.pad_token_id = 0
-    verifier = options.get("verifier")
-    verifier = None if verifier is None else Verifier.from_pretrained(verifier, dtype=dtype)
+class TransformersWorker(Worker):
+    def __init__(self, options: dict[str, Any]) -> None:
+        torch.set_num_threads(options["num_threads"])
+        self.name = f"transformers {transformers.__version__}"
+        dtype = getattr(torch, options["dtype"])
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(options["model"], dtype=dtype).eval()
+        self._model.generation_config.eos_token_id = None  # `generate` has no switch for this
+        self._model.generation_config.pad_token_id = 0
+        verifier = options.get("verifier")
+        self._verifier = None if verifier is None else Verifier.from_pretrained(verifier, dtype=dtype)
 
-    def plainly(prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    def decode(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+        if self._verifier is not None:
+            return self._decode_verified(prompts, new_tokens)
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        output = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens)
+        output = self._model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens)
         return {"tokens": output[:, width:].numel()}
 
-    def verified(prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        network = getattr(verifier, "network", model.base_model)  # a head's network is the model
+    @torch.no_grad()
+    def argmax(self, prompt: list[int], continuation: list[int]) -> list[int]:
+        logits = self._model(torch.tensor([prompt + continuation])).logits[0]
+        return logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+
+    def _decode_verified(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+        full = isinstance(self._verifier, FullVerifier)
+        network = self._verifier.network if full else self._model.base_model  # which runs a second time
+
+        def head(hidden_states: torch.Tensor) -> torch.Tensor:
+            if full:
+                return hidden_states @ self._verifier.head.weight.float().T
+            return self._verifier.head([hidden_states])[:, None]
+
         counts: list[int] = []
         for prompt in prompts:
-            _, sizes = naive.generate(model, naive.NaiveVerifier(network, head), prompt, max_new_tokens=new_tokens)
-            counts += sizes
+            verifier = naive.NaiveVerifier(network, head)
+            counts += naive.generate(self._model, verifier, prompt, max_new_tokens=new_tokens)[1]
         return {"tokens": len(counts), "mean |C|": round(sum(counts) / len(counts), 2)}
-
-    def head(hidden_states: torch.Tensor) -> torch.Tensor:
-        if hasattr(verifier, "network"):
-            return hidden_states @ verifier.head.weight.float().T
-        return verifier.head([hidden_states])[:, None]
-
-    decode = plainly if verifier is None else torch.no_grad()(verified)
-    return decode, {"engine": f"transformers {transformers.__version__}"}
 
 
 if __name__ == "__main__":
-    worker.serve(start)
+    TransformersWorker.serve()
