@@ -103,3 +103,18 @@ def test_missing_files_and_other_manifests_are_refused(tmp_path):
         manifest_path(tmp_path / "s.jsonl").write_text(text)
         with pytest.raises(ArgumentError, match="expected a manifest"):
             read_supervision(tmp_path / "s.jsonl")
+
+
+def test_another_threshold_takes_what_was_measured():
+    low, middle = TokenQuality(0.1, 2, 20, 20, True, -0.5), TokenQuality(0.4, 8, 20, 20, True, -2.0)
+    pairs = [TokenPair(4, 7, 12), TokenPair(4, 7, 11), TokenPair(5, 8, 8)]
+    example = SupervisionExample(MESSAGES, pairs[:1], [low], pairs[1:], [middle, low], id="a")
+    more = example.with_threshold(0.5)
+    assert (more.samples, more.quality) == ([pairs[0], pairs[1]], [low, middle])
+    assert (more.spared, more.spared_quality) == ([pairs[2]], [low])  # the positive itself is never a negative
+    assert more.with_threshold(0.25) == example
+    assert example.with_threshold(0.05).samples == []
+    bypassed = SupervisionExample(MESSAGES, pairs[:1], [TokenQuality(None, None, 0, 0, True, -0.5)])
+    for unmeasured in (SupervisionExample(MESSAGES, pairs[:1]), bypassed):
+        with pytest.raises(ArgumentError, match="quality|threshold"):
+            unmeasured.with_threshold(0.5)
