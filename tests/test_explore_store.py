@@ -167,34 +167,35 @@ def _explore_slowly(engine, path):
     torch.set_num_threads(1)  # threads do not survive a fork
     append = ShardStore.append
 
-    def wait_and_append(self, example):
+    def append_and_wait(self, example):
         append(self, example)
-        time.sleep(0.02)
+        time.sleep(0.1)
 
-    ShardStore.append = wait_and_append
+    ShardStore.append = append_and_wait
     explore(engine, PROBLEMS, path, max_batch_size=8, **OPTIONS)
+
+
+def whole_lines(path):
+    lines = [line for file in path.glob("shard-*") for line in file.read_bytes().split(b"\n")]
+    return [line for line in lines if line.endswith(b"}")]
 
 
 @pytest.mark.timeout(300)
 def test_killed_at_random_it_loses_nothing_and_repeats_nothing(tmp_path, engine):
     explore(engine, PROBLEMS, tmp_path / "whole", **OPTIONS)
-    draw, path, kills, progress = random.Random(0), tmp_path / "killed", 0, [0]
-    for _ in range(40):
+    draw, path, on_disk = random.Random(0), tmp_path / "killed", 0
+    for new in (0, 1, 2, 1, 3):
         process = multiprocessing.get_context("fork").Process(target=_explore_slowly, args=(engine, path))
         process.start()
-        process.join(draw.uniform(0.05, 1.0))
-        if process.exitcode == 0:
-            break
+        while len(whole_lines(path)) < on_disk + new and process.is_alive():
+            time.sleep(0.01)
+        process.join(draw.uniform(0.0, 0.15))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        assert process.exitcode == -signal.SIGKILL
-        kills += 1
-        lines = [line for file in path.glob("shard-*") for line in file.read_bytes().split(b"\n")]
-        whole = [line for line in lines if line.endswith(b"}")]
-        assert len(whole) >= progress[-1]  # what was on disk stays there
-        progress.append(len(whole))
-        assert all(json.loads(line)["id"] in {problem.id for problem in load_problems(PROBLEMS)} for line in whole)
-    assert kills >= 3
-    assert len(set(progress)) > 0
+        assert process.exitcode == -signal.SIGKILL  # it had not finished
+        lines = whole_lines(path)
+        assert len(lines) >= on_disk + new  # what was on disk stays there
+        assert {json.loads(line)["id"] for line in lines} <= {problem.id for problem in load_problems(PROBLEMS)}
+        on_disk = len(lines)
     explore(engine, PROBLEMS, path, **OPTIONS)
     assert by_id(path) == by_id(tmp_path / "whole")
