@@ -7,11 +7,8 @@ import inspect
 import logging
 import os
 import threading
-import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,12 +18,12 @@ from llm2_fast.backends.backend import Backend
 from llm2_fast.backends.cpu import CpuBackend
 from llm2_fast.backends.reference import ReferenceBackend
 from llm2_fast.config import GenerationConfig, check_number, check_option_names
-from llm2_fast.detokenizer import Detokenizer
-from llm2_fast.errors import ArgumentError
+from llm2_fast.errors import ArgumentError, CacheFullError
 from llm2_fast.models.loading import LoadedModel, load_model
 from llm2_fast.prompts import Prompt, as_prompt_list, encode_prompt
-from llm2_fast.results import FinishReason, Generation, GenerationStats, Sample, StepOutput, StreamEvent
-from llm2_fast.sequence import Sequence
+from llm2_fast.request import Request
+from llm2_fast.results import Generation, StreamEvent
+from llm2_fast.schedule import Schedule
 from llm2_fast.verifier import Verifier
 
 _LOGGER = logging.getLogger(__name__)
@@ -43,6 +40,7 @@ def load(
     backend: str = "auto",
     max_batch_size: int = 8,
     max_length: int | None = None,
+    kv_cache_memory_bytes: int | None = None,
     allow_pickle: bool = False,
 ) -> Engine:
     """Load an LLM, and a verifier to steer it, into an engine.
@@ -58,6 +56,9 @@ def load(
             message then says why.
         max_batch_size: Sequences decoded together; more wait their turn.
         max_length: Bound on prompt and new tokens together; by default, and at most, the models' context.
+        kv_cache_memory_bytes: Bound on the keys and values of all sequences, a verifier's included; half of the memory
+            of the machine (or container) if None. Sequences without room wait, or are preempted and computed again,
+            which changes none of their tokens. For the cpu backend; the reference's caches grow as needed.
         allow_pickle: Also read pickled weights, which can run code while they load.
 
     Raises:
@@ -70,6 +71,8 @@ def load(
     check_number("max_batch_size", max_batch_size, integer=True, minimum=1)
     if max_length is not None:
         check_number("max_length", max_length, integer=True, minimum=2)
+    if kv_cache_memory_bytes is not None:
+        check_number("kv_cache_memory_bytes", kv_cache_memory_bytes, integer=True, minimum=1)
     if verifier is not None and not isinstance(verifier, (str, os.PathLike, Verifier)):
         raise ArgumentError("verifier", "a path, a hub id, a llm2_fast.Verifier or None", type(verifier).__name__)
     loaded = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, allow_pickle=allow_pickle)
@@ -78,7 +81,8 @@ def load(
             verifier, device=loaded.model.device, dtype=loaded.model.dtype, allow_pickle=allow_pickle
         )
     chosen = _choose_backend(loaded, verifier) if backend == "auto" else _BACKENDS[backend]
-    return Engine(chosen(loaded, verifier), loaded, verifier, max_batch_size=max_batch_size, max_length=max_length)
+    running = chosen(loaded, verifier, kv_cache_memory_bytes)
+    return Engine(running, loaded, verifier, max_batch_size=max_batch_size, max_length=max_length)
 
 
 def generate(
@@ -111,7 +115,9 @@ def generate(
 class Engine:
     """Decodes prompts with one model and at most one verifier. Make one with `load`.
 
-    Threads may share an engine. Engines that share a model, or a verifier, must not run at the same time.
+    Threads may share an engine. Where its caches cannot hold all their sequences, calls of `generate` go before calls
+    of `stream`, and earlier ones before later ones. Engines that share a model, or a verifier, must not run at the same
+    time.
 
     Attributes:
         model: The LLM and its tokenizer.
@@ -131,7 +137,8 @@ class Engine:
     ) -> None:
         self.model, self.verifier, self.max_batch_size = model, verifier, max_batch_size
         self._backend = backend
-        self._lock = threading.Lock()  # threads take turns, a step at a time
+        self._turns = threading.Condition()  # threads take turns, a step at a time
+        self._schedules: list[Schedule] = []  # of the calls under way, the first to begin first
         limits = [limit for limit in (backend.max_position_embeddings, max_length) if limit is not None]
         self.max_length = min(limits, default=None)
         self._eos_token_ids = _eos_token_ids(model)
@@ -148,8 +155,13 @@ class Engine:
 
     @contextmanager
     def exclusive_backend(self) -> Iterator[Backend]:
-        """The backend, for a decoding loop of one's own; other threads wait until it is given back."""
-        with self._lock:
+        """The backend with an empty cache, for a decoding loop of one's own.
+
+        Other threads wait until it is given back. What calls under way had cached is computed again then.
+        """
+        with self._turns:
+            for schedule in self._schedules:
+                schedule.release()
             yield self._backend
 
     @property
@@ -183,7 +195,7 @@ class Engine:
             ArgumentError: A prompt or an option is unusable; nothing has been computed then.
         """
         requests = self._make_requests(prompts, _merge_config(config, overrides), request_ids)
-        for _ in self._decode(requests):
+        for _ in self._decode(Schedule(self._backend, requests, self.max_batch_size)):
             pass
         return [request.generation for request in requests]
 
@@ -204,11 +216,12 @@ class Engine:
         """
         if (count := len(as_prompt_list(prompt))) != 1:
             raise ArgumentError("prompt", "one prompt", f"{count} prompts")
-        return self._decode(self._make_requests(prompt, _merge_config(config, overrides), [request_id]))
+        requests = self._make_requests(prompt, _merge_config(config, overrides), [request_id])
+        return self._decode(Schedule(self._backend, requests, self.max_batch_size, may_pause=True))
 
     def _make_requests(
         self, prompts: Prompt | Iterable[Prompt], config: GenerationConfig, request_ids: Iterable[int] | None
-    ) -> list[_Request]:
+    ) -> list[Request]:
         prompts = as_prompt_list(prompts)
         if not isinstance(request_ids, (Iterable, type(None))):
             raise ArgumentError("request_ids", "integers, one per prompt", repr(request_ids))
@@ -227,136 +240,55 @@ class Engine:
                 expected = f"prompt and max_new_tokens within the context of {self.max_length} tokens"
                 actual = f"{len(token_ids)} + {config.max_new_tokens} = {len(token_ids) + config.max_new_tokens}"
                 raise ArgumentError(name, expected, actual)
+            self._backend.check_fits(len(token_ids) + config.max_new_tokens, f"{name} with max_new_tokens")
             eos_token_ids = () if config.ignore_eos else self._eos_token_ids
-            requests.append(_Request(request_id, token_ids, config, eos_token_ids, self.tokenizer))
+            requests.append(Request(request_id, token_ids, config, eos_token_ids, self.tokenizer))
         return requests
 
-    def _decode(self, requests: list[_Request]) -> Iterator[StreamEvent]:
-        """The loop: admit, step, record, free."""
-        waiting = deque(sample for request in requests for sample in request.samples)
-        live: list[_Sampling] = []
+    def _decode(self, schedule: Schedule) -> Iterator[StreamEvent]:
+        """The loop of a call: take a turn, hand out its events."""
+        with self._turns:
+            self._schedules.append(schedule)
         try:
-            while waiting or live:
-                free = self.max_batch_size - len(live)
-                live += self._admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
-                with self._lock:
-                    outputs = self._backend.step([sampling.sequence for sampling in live])
-                for sampling, output in zip(live, outputs, strict=True):
-                    yield sampling.record(output)
-                    if sampling.finished:
-                        self._free(sampling.sequence)
-                live = [sampling for sampling in live if not sampling.finished]
+            while True:
+                with self._turns:
+                    if schedule.finished:
+                        return
+                    events = self._take_turn(schedule)
+                yield from events
         finally:
             # Also after Ctrl-C, an error, or a stream that is not read to its end.
-            for request in requests:
-                for sequence in (request.prefix, *(sampling.sequence for sampling in request.samples)):
-                    self._free(sequence)
+            with self._turns:
+                self._schedules.remove(schedule)
+                schedule.release()
+                self._turns.notify_all()
 
-    def _free(self, sequence: Sequence) -> None:
-        with self._lock:
-            self._backend.free(sequence)
+    def _take_turn(self, schedule: Schedule) -> list[StreamEvent]:
+        while True:
+            try:
+                events = schedule.take_turn()
+            except CacheFullError:
+                others = [other for other in self._schedules if other is not schedule and other.holds_slots]
+                if not others:
+                    raise
+                self._make_room(schedule, others)
+                continue
+            if any(event.finish_reason for event in events):
+                self._turns.notify_all()
+            return events
 
-    def _admit(self, samplings: list[_Sampling]) -> list[_Sampling]:
-        """Prefill each prompt once; its samples fork from the prefix, and the last one takes it over."""
-        new = [sampling.request for sampling in samplings if sampling.sequence.sample_index == 0]
-        if new:
-            start = time.perf_counter()
-            with self._lock:
-                self._backend.prefill([request.prefix for request in new])
-            for request in new:
-                request.prefilled(time.perf_counter() - start)
-        for sampling in samplings:
-            prefix, sequence = sampling.request.prefix, sampling.sequence
-            if sampling is sampling.request.samples[-1]:
-                sequence.slot, prefix.slot = prefix.slot, None
-            else:
-                with self._lock:
-                    self._backend.fork(prefix, sequence)
-        return samplings
+    def _make_room(self, schedule: Schedule, others: list[Schedule]) -> None:
+        """Preempt a sample of a call that goes after `schedule`, or let those that go before it take their turns.
 
-
-@dataclass
-class _Request:
-    """One prompt and its samples under way."""
-
-    request_id: int
-    prompt_token_ids: list[int]
-    config: GenerationConfig
-    eos_token_ids: tuple[int, ...]
-    tokenizer: PreTrainedTokenizerBase | None
-    stats: GenerationStats = field(default_factory=GenerationStats)
-    decode_start: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.prefix = self._sequence(-1)
-        self.samples = [_Sampling(self, self._sequence(index)) for index in range(self.config.n)]
-
-    def _sequence(self, sample_index: int) -> Sequence:
-        return Sequence(self.request_id, sample_index, self.config, self.prompt_token_ids, self.eos_token_ids)
-
-    def prefilled(self, seconds: float) -> None:
-        """The prompt's keys and values are there."""
-        self.stats.prefill_seconds, self.decode_start = seconds, time.perf_counter()
-
-    @property
-    def generation(self) -> Generation:
-        """The result, once all samples have finished."""
-        return Generation(self.prompt_token_ids, [sampling.sample for sampling in self.samples], self.stats)
-
-
-class _Sampling:
-    """One sample under way: its sequence, its text so far and its result."""
-
-    def __init__(self, request: _Request, sequence: Sequence) -> None:
-        self.request, self.sequence = request, sequence
-        self.sample = Sample(token_ids=sequence.token_ids, trace=[] if request.config.trace else None)
-        self._detokenizer = Detokenizer(request.tokenizer, request.config.stop) if request.tokenizer else None
-
-    @property
-    def finished(self) -> bool:
-        """The sample has its last token."""
-        return self.sample.finish_reason is not None
-
-    def record(self, output: StepOutput) -> StreamEvent:
-        """Take one step's outcome into the sequence, the sample and the statistics."""
-        sample = self.sample
-        self.request.stats.count(output)
-        text = None if self._detokenizer is None else ""
-        if output.token_id is not None:
-            self.sequence.token_ids.append(output.token_id)
-            sample.logprobs.append(output.logprob)
-            if output.trace is not None:
-                sample.trace.append(output.trace)
-            if self._detokenizer is not None:
-                text = self._detokenizer.push(output.token_id)
-        sample.finish_reason, sample.error = self._finish_reason(output), output.error
-        if self.finished:
-            if self._detokenizer is not None:
-                text += self._detokenizer.finish()
-                sample.text = self._detokenizer.text
-                if self._detokenizer.stopped and sample.finish_reason == "length":
-                    sample.finish_reason = "stop"  # the last characters were held back until now
-            self.request.stats.decode_seconds = time.perf_counter() - self.request.decode_start
-        return StreamEvent(
-            self.sequence.sample_index,
-            output.token_id,
-            text,
-            output.logprob,
-            output.trace,
-            sample.finish_reason,
-            sample.error,
-        )
-
-    def _finish_reason(self, output: StepOutput) -> FinishReason | None:
-        if output.error is not None:
-            return "error"
-        if output.token_id in self.sequence.eos_token_ids:
-            return "eos"
-        if self._detokenizer is not None and self._detokenizer.stopped:
-            return "stop"
-        if len(self.sequence.token_ids) >= self.request.config.max_new_tokens:
-            return "length"
-        return None
+        A call that may pause may do so for ever, so nobody waits for it. The earliest of the others waits for nobody.
+        """
+        place = self._schedules.index(schedule)
+        for other in reversed(others):
+            later = self._schedules.index(other) > place
+            if other.may_pause or (later and not schedule.may_pause):
+                other.make_room(keep=0)
+                return
+        self._turns.wait()
 
 
 def _choose_backend(model: LoadedModel, verifier: Verifier | None) -> type[Backend]:

@@ -25,5 +25,9 @@ class IncompatibleVerifierError(Llm2FastError, ValueError):
     """A verifier that was not made for the model it is asked to steer."""
 
 
+class CacheFullError(Llm2FastError, MemoryError):
+    """A bounded cache has too few free blocks. The engine answers by letting sequences wait or preempting some."""
+
+
 class MissingDependencyError(Llm2FastError, ImportError):
     """An optional package is needed; the message says which extra installs it."""

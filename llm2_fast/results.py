@@ -92,8 +92,10 @@ class GenerationStats:
         candidate_histogram: Number of steps by number of candidates; empty without a verifier.
         cut_steps: Steps in which `max_candidates` dropped plausible tokens.
         verifier_rows: Token rows that the verifier computed: candidates, and tokens it caught up on.
-        prefill_seconds: From admission of the prompt until its keys and values were computed.
-        decode_seconds: From then until its last sample finished; prompts decoded together share this time.
+        preemptions: Times that a sample gave up its place in a full cache; what it had cached was computed again.
+        prefill_seconds: From admission of the prompt until its keys and values were computed, and the same for samples
+            admitted again.
+        decode_seconds: The rest of the time until its last sample finished; prompts decoded together share it.
     """
 
     steps: int = 0
@@ -102,6 +104,7 @@ class GenerationStats:
     candidate_histogram: Counter[int] = field(default_factory=Counter)
     cut_steps: int = 0
     verifier_rows: int = 0
+    preemptions: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 

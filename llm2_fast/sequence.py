@@ -34,4 +34,5 @@ class Sequence:
 
     def tokens_from(self, position: int) -> list[int]:
         """Prompt and generated tokens from `position` on."""
-        return (self.prompt_token_ids + self.token_ids)[position:]
+        generated = max(0, position - len(self.prompt_token_ids))
+        return self.prompt_token_ids[position:] + self.token_ids[generated:]

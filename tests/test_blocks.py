@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llm2_fast.cache.blocks import BlockTables
-from llm2_fast.errors import ArgumentError
+from llm2_fast.errors import ArgumentError, CacheFullError
 
 
 class BlockMachine(RuleBasedStateMachine):
     """Slots are grown, written, forked and freed; a model of the contents says what each position must hold."""
 
-    @initialize(block_size=st.integers(1, 4))
-    def start(self, block_size):
-        self.tables = BlockTables(block_size)
+    @initialize(block_size=st.integers(1, 4), capacity=st.integers(0, 12))
+    def start(self, block_size, capacity):
+        self.tables = BlockTables(block_size, capacity)
         self.storage = {}  # (block, offset) -> value
         self.contents = {}  # slot -> what it must hold
         self.written = 0
@@ -35,6 +36,11 @@ class BlockMachine(RuleBasedStateMachine):
         slot = data.draw(st.sampled_from(sorted(self.contents)))
         before = self.tables.table(slot)
         length = len(self.contents[slot])
+        missing = -(-(length + count) // self.tables.block_size) - len(before)
+        if missing > self.tables.num_free_blocks:
+            with self.unchanged(), pytest.raises(CacheFullError):
+                self.tables.reserve(slot, length + count)
+            return
         grew = self.tables.reserve(slot, length + count)
         table = self.tables.table(slot)
         assert table[: len(before)] == before
@@ -50,6 +56,10 @@ class BlockMachine(RuleBasedStateMachine):
     def fork(self, data):
         slot = data.draw(st.sampled_from(sorted(self.contents)))
         length = data.draw(st.integers(0, len(self.contents[slot])))
+        if length % self.tables.block_size and not self.tables.num_free_blocks:
+            with self.unchanged(), pytest.raises(CacheFullError):
+                self.tables.fork(slot, length)
+            return
         child, copied = self.tables.fork(slot, length)
         assert child not in self.contents
         if copied is not None:
@@ -66,6 +76,15 @@ class BlockMachine(RuleBasedStateMachine):
         self.tables.free(slot)
         del self.contents[slot]
 
+    @contextmanager
+    def unchanged(self):
+        def state():
+            return self.tables.num_free_blocks, self.tables.num_slots, [*map(self.tables.table, self.contents)]
+
+        before = state()
+        yield
+        assert state() == before
+
     @invariant()
     def every_slot_holds_what_was_written_to_it(self):
         for slot, expected in getattr(self, "contents", {}).items():
@@ -80,6 +99,8 @@ class BlockMachine(RuleBasedStateMachine):
         for block in range(self.tables.num_blocks):
             assert self.tables.references(block) == held.count(block)
         assert set(held) <= set(range(self.tables.num_blocks))
+        assert self.tables.num_blocks <= self.tables.capacity
+        assert self.tables.num_free_blocks == self.tables.capacity - len(set(held))
         assert self.tables.num_slots >= len(self.contents)
 
 
@@ -87,7 +108,7 @@ TestBlocks = BlockMachine.TestCase
 
 
 def test_fork_shares_full_blocks_and_copies_the_partial_one():
-    tables = BlockTables(4)
+    tables = BlockTables(4, capacity=9)
     parent = tables.allocate()
     tables.reserve(parent, 10)
     first, second, third = tables.table(parent)
@@ -101,7 +122,7 @@ def test_fork_shares_full_blocks_and_copies_the_partial_one():
 
 
 def test_freed_blocks_are_used_again():
-    tables = BlockTables(2)
+    tables = BlockTables(2, capacity=9)
     for _ in range(5):
         slot = tables.allocate()
         tables.reserve(slot, 6)
@@ -113,11 +134,18 @@ def test_freed_blocks_are_used_again():
 @pytest.mark.parametrize("call", ["table", "free"])
 def test_unknown_slots_are_refused(call):
     with pytest.raises(ArgumentError, match="slot: expected a slot in use, got 3"):
-        getattr(BlockTables(4), call)(3)
+        getattr(BlockTables(4, capacity=9), call)(3)
+
+
+def test_a_full_cache_says_what_it_lacks():
+    tables = BlockTables(4, capacity=3)
+    tables.reserve(tables.allocate(), 5)
+    with pytest.raises(CacheFullError, match="2 cache blocks are needed, 1 of 3 are free"):
+        tables.reserve(tables.allocate(), 8)
 
 
 def test_a_fork_beyond_what_is_held_is_refused():
-    tables = BlockTables(4)
+    tables = BlockTables(4, capacity=9)
     slot = tables.allocate()
     tables.reserve(slot, 3)
     with pytest.raises(ArgumentError, match="length: expected between 0 and 4"):

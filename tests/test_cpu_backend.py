@@ -150,7 +150,9 @@ def test_bfloat16_hidden_states(family, adapted):
         updates = _lora_updates(reference)
     extension = ops.cpu_extension()
     weights = PackedWeights(extension, model)
-    compiled = cached_decoder.CachedDecoder(extension, weights.decoder(updates), weights.spec, adapted=adapted)
+    compiled = cached_decoder.CachedDecoder(
+        extension, weights.decoder(updates), weights.spec, len(PROMPTS), adapted=adapted
+    )
     for prompt in PROMPTS:
         slot, cache = compiled.allocate(), SlotCache()
         compiled.extend([slot], [prompt])
@@ -174,7 +176,7 @@ def test_scaled_embeddings_are_those_of_the_model(dtype, tied):
         layer.mlp.down_proj.weight.data.zero_()
     extension = ops.cpu_extension()
     weights = PackedWeights(extension, model)
-    decoder = cached_decoder.CachedDecoder(extension, weights.decoder(), weights.spec)
+    decoder = cached_decoder.CachedDecoder(extension, weights.decoder(), weights.spec, num_blocks=1)
     slot = decoder.allocate()
     decoder.reserve(slot, 1)
     rows = cached_decoder.PassRows.empty()
@@ -326,7 +328,7 @@ def test_all_slots_come_back():
     for decoder in (engine._backend._llm, plan._verifier):
         assert decoder.lengths == {}
         assert decoder._tables.num_slots <= 2 + len(PROMPTS) + 1
-    assert plan._slots == plan._tokens == {}
+    assert plan._slots == {}
 
 
 # --- The choice ----------------------------------------------------------------------------------------------------

@@ -430,6 +430,26 @@ def test_running_out_of_memory_leaves_the_cache_usable(monkeypatch):
     assert tokens(built.generate(PROMPTS[0], max_new_tokens=6)[0]) == tokens(expected)
 
 
+@pytest.mark.parametrize(("n", "failing"), [(1, 1), (2, 0), (2, 7)])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_running_out_of_memory_once_changes_no_token(kind, n, failing, monkeypatch, caplog):
+    built = engine(kind)
+    options = {"max_new_tokens": 8, "n": n, "temperature": 1.0}
+    expected = [tokens(result) for result in built.generate(PROMPTS, **options)]
+    passes, forward = iter(range(1000)), LanguageModel.forward
+
+    def fail_once(*args):
+        if next(passes) == failing:
+            raise MemoryError
+        return forward(*args)
+
+    monkeypatch.setattr(LanguageModel, "forward", fail_once)
+    assert [tokens(result) for result in built.generate(PROMPTS, **options)] == expected
+    assert "out of memory: going on with at most" in caplog.text
+    cache = built._backend._cache
+    assert len(cache._free) == len(cache.lengths)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_share_an_engine(kind):
     built = engine(kind)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "version"),
     ("config", "results", "rng", "sequence"),
-    ("answers", "datacheck", "detokenizer", "problems", "prompts", "supervision"),
+    ("answers", "datacheck", "detokenizer", "problems", "prompts", "request", "supervision"),
     ("reference",),
     ("kernels",),
     ("ops",),
@@ -26,6 +26,7 @@ LAYERS = (
     ("models",),
     ("verifier",),
     ("backends",),
+    ("schedule",),
     ("engine", "train"),
     ("evaluate", "exploration", "integrations"),
     ("__init__",),

@@ -13,23 +13,38 @@ from llm2_fast.sequence import Sequence
 
 
 class Backend(ABC):
-    """Keeps keys and values of sequences in slots and decodes them together, one token each per step."""
+    """Keeps keys and values of sequences in slots and decodes them together, one token each per step.
+
+    Where the memory for them is bounded, methods raise `CacheFullError` before anything is computed. After any other
+    exception the sequences that were passed may hold wrong keys and values and have to be freed.
+    """
 
     name: ClassVar[str]
     vocab_size: int
     max_position_embeddings: int | None
 
+    def check_fits(self, num_tokens: int, name: str) -> None:
+        """Raise `ArgumentError` if a sequence of `num_tokens`, called `name`, would not even fit alone."""
+
+    @abstractmethod
+    def reserve(self, sequence: Sequence) -> None:
+        """Make room for the sequence's tokens and the next one, in a slot that it gets if it has none.
+
+        Without room it has no slot afterwards if it had none before.
+        """
+
     @abstractmethod
     def prefill(self, sequences: list[Sequence]) -> None:
-        """Give each new sequence a slot and compute the keys and values of its prompt."""
+        """Compute the keys and values of all tokens whose sequence lacks them, after `reserve` if it has no slot."""
 
     @abstractmethod
     def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
-        """Give `child` a slot that shares what `parent` has computed.
+        """Give `child` a slot that shares what `parent` has computed. Without room it has none afterwards.
 
         Args:
             parent: Has a slot.
-            child: A sequence with the same prompt or, with `length`, one that has the first `length` tokens in common.
+            child: A sequence whose tokens begin with those of `parent` or, with `length`, one that has the first
+                `length` tokens in common.
             length: Share only this many tokens, fewer than `child` has; the next step computes the rest. Not with a
                 verifier.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,11 +17,17 @@ from llm2_fast.errors import ArgumentError
 from llm2_fast.models.decoder import agree, evaluating
 from llm2_fast.models.spec import DecoderSpec
 
-_BLOCK_SIZE = 32
+BLOCK_SIZE = 32
 _PROBE_LENGTH = 9
 _PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # bfloat16 models round after every op, compiled ones seldom
 MIN_SHARED_WEIGHTS = 1 << 16  # of one linear layer: threads meet after each, which takes as long as reading these
 _MAX_ROWS = 256  # of one pass over prompts: working memory stays small and the weights are read often enough
+
+
+def block_bytes(spec: DecoderSpec) -> int:
+    """Memory of one block of a cache: keys and values of `BLOCK_SIZE` positions in all layers."""
+    values = spec.num_layers * spec.num_kv_heads * BLOCK_SIZE * spec.head_dim
+    return 2 * values * getattr(torch, spec.dtype).itemsize
 
 
 @dataclass
@@ -59,21 +66,27 @@ class CachedDecoder:
         extension: The module `llm2_fast_C`.
         decoder: `llm2_fast_C.Decoder`. Several cached decoders may share one.
         spec: Its shape.
+        num_blocks: Blocks of `BLOCK_SIZE` positions in the cache. Their addresses are taken at once and never move; the
+            operating system provides the memory when they are first written.
         adapted: Rows get the decoder's low-rank updates.
 
     Attributes:
         lengths: Committed positions by slot.
         cache: `llm2_fast_C.PagedCache` over the current storage.
+
+    Raises:
+        ArgumentError: So much memory cannot be had.
     """
 
-    def __init__(self, extension: ModuleType, decoder: Any, spec: DecoderSpec, *, adapted: bool = False) -> None:
+    def __init__(
+        self, extension: ModuleType, decoder: Any, spec: DecoderSpec, num_blocks: int, *, adapted: bool = False
+    ) -> None:
         self._extension, self.decoder, self.spec, self._adapted = extension, decoder, spec, adapted
         self.lengths: dict[int, int] = {}
-        self._tables = BlockTables(_BLOCK_SIZE)
+        self._tables = BlockTables(BLOCK_SIZE, num_blocks)
         dtype = getattr(torch, spec.dtype)
-        shape = (spec.num_layers, 0, spec.num_kv_heads, _BLOCK_SIZE, spec.head_dim)
-        # What is not committed is never read, so new storage need not be cleared.
-        self._keys, self._values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        shape = (spec.num_layers, num_blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
+        self._keys, self._values = _untouched(shape, dtype), _untouched(shape, dtype)
         self._block_table = torch.zeros(0, 1, dtype=torch.int32)
         self._hidden_states = torch.empty(0, spec.hidden_size, dtype=dtype)
         self._bind()
@@ -105,20 +118,23 @@ class CachedDecoder:
 
     def allocate(self) -> int:
         """An empty slot."""
+        self._fit_slots(self._tables.num_slots + 1)
         slot = self._tables.allocate()
         self.lengths[slot] = 0
-        self._fit_storage()
         return slot
 
     def fork(self, slot: int, length: int | None = None) -> int:
         """A new slot with the committed prefix of `slot`, or the first `length` positions. Full blocks are shared.
 
         The hidden state that comes along is that of the whole prefix; a shorter one has to be extended before use.
+
+        Raises:
+            CacheFullError: There is no block for the rest; nothing has changed.
         """
         length = self.lengths[slot] if length is None else length
+        self._fit_slots(self._tables.num_slots + 1)
         child, copied = self._tables.fork(slot, length)
         self.lengths[child] = length
-        self._fit_storage()
         self._write_table(child)
         if copied is not None:
             source, target = copied
@@ -132,24 +148,39 @@ class CachedDecoder:
         del self.lengths[slot]
 
     def reserve(self, slot: int, length: int) -> None:
-        """Make room for the positions [0, length) of `slot`."""
+        """Make room for the positions [0, length) of `slot`.
+
+        Raises:
+            CacheFullError: Too few blocks are free; nothing has changed.
+        """
+        self._fit_slots(self._tables.num_slots, -(-length // BLOCK_SIZE))
         if self._tables.reserve(slot, length):
-            self._fit_storage()
             self._write_table(slot)
 
     def pending_rows(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> PassRows:
-        """Rows that extend the prefixes of `slots` by `token_ids`, which the next pass commits."""
+        """Rows that extend the prefixes of `slots` by `token_ids`, which the next pass commits.
+
+        Raises:
+            CacheFullError: Too few blocks are free; no prefix has changed.
+        """
+        for slot, tokens in zip(slots, token_ids, strict=True):
+            self.reserve(slot, self.lengths[slot] + len(tokens))
         rows = PassRows.empty()
         for slot, tokens in zip(slots, token_ids, strict=True):
             length = self.lengths[slot]
-            self.reserve(slot, length + len(tokens))
             for offset, token in enumerate(tokens):
                 rows.add(slot, token, length + offset, stored=True)
             self.lengths[slot] = length + len(tokens)
         return rows
 
     def extend(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> None:
-        """Run prompts and keep the final hidden state of each one's last token."""
+        """Run prompts, or what is missing of sequences, and keep the final hidden state of each one's last token.
+
+        The rows of all of them are packed into passes of up to 256, so memory does not depend on their lengths.
+
+        Raises:
+            CacheFullError: Too few blocks are free; nothing has been computed.
+        """
         rows = self.pending_rows(slots, token_ids)
         for first in range(0, len(rows), _MAX_ROWS):
             part = slice(first, first + _MAX_ROWS)
@@ -197,23 +228,32 @@ class CachedDecoder:
         table = self._tables.table(slot)
         self._block_table[slot, : len(table)] = torch.tensor(table, dtype=torch.int32)
 
-    def _fit_storage(self) -> None:
-        """Grow the storage, by doubling, to what the tables need."""
-        table_width = max((len(self._tables.table(slot)) for slot in self.lengths), default=0)
-        grown = [
-            _grow(self._keys, 1, self._tables.num_blocks),
-            _grow(self._values, 1, self._tables.num_blocks),
-            _grow(_grow(self._block_table, 0, self._tables.num_slots), 1, table_width),
-            _grow(self._hidden_states, 0, self._tables.num_slots),
-        ]
-        current = [self._keys, self._values, self._block_table, self._hidden_states]
-        if any(new is not old for new, old in zip(grown, current, strict=True)):
-            self._keys, self._values, self._block_table, self._hidden_states = grown
+    def _fit_slots(self, num_slots: int, num_blocks: int = 0) -> None:
+        """Grow what is kept per slot, by doubling, to `num_slots` slots of up to `num_blocks` blocks."""
+        block_table = _grow(_grow(self._block_table, 0, num_slots), 1, num_blocks)
+        hidden_states = _grow(self._hidden_states, 0, block_table.shape[0])
+        if block_table is not self._block_table:
+            self._block_table, self._hidden_states = block_table, hidden_states
             self._bind()
 
     def _bind(self) -> None:
         tensors = (self._keys, self._values, self._block_table, self._hidden_states)
         self.cache = self._extension.PagedCache(*map(to_dlpack, tensors))
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory that nobody has written to yet.
+
+    Not `torch.empty`, which under deterministic algorithms fills and thereby commits it. It need not be cleared: what
+    is not committed is never read.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        storage = torch.UntypedStorage(num_bytes)
+    except RuntimeError as error:
+        expected = "no more than this machine can provide"
+        raise ArgumentError("kv_cache_memory_bytes", expected, f"{num_bytes} for the keys of a model") from error
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
 def _grow(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:

@@ -10,9 +10,10 @@ from torch.utils.dlpack import to_dlpack
 
 from llm2_fast import ops
 from llm2_fast.backends.backend import Backend, check_fork
+from llm2_fast.backends.cache_budget import CacheBudget
 from llm2_fast.backends.cached_decoder import CachedDecoder
 from llm2_fast.backends.cpu_plans import CpuPlan, JointCpuPlan, JointLoraCpuPlan, LazyCpuPlan, PlainCpuPlan
-from llm2_fast.errors import ArgumentError
+from llm2_fast.errors import ArgumentError, CacheFullError
 from llm2_fast.models.decoder import FINAL_LAYER
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.models.spec import DecoderSpec, text_decoder
@@ -34,23 +35,27 @@ class CpuBackend(Backend):
     Args:
         model: The LLM. Its weights are packed; changes to the model afterwards have no effect.
         verifier: System 2, or None for plain decoding.
+        kv_cache_memory_bytes: Bound on keys and values, the verifier's included; half of the machine's memory if None.
 
     Raises:
-        ArgumentError: The model or the verifier has a part that compiled decoders lack, or the extension is missing.
+        ArgumentError: The model or the verifier has a part that compiled decoders lack, the extension is missing, or
+            the bound is too small for any sequence or more than can be had.
     """
 
     name = "cpu"
 
-    def __init__(self, model: LoadedModel, verifier: Verifier | None) -> None:
+    def __init__(self, model: LoadedModel, verifier: Verifier | None, kv_cache_memory_bytes: int | None = None) -> None:
         if (reason := self.unsupported(model, verifier)) is not None:
             raise ArgumentError("backend", "a backend for this model and verifier", f"'cpu' ({reason})")
         extension = ops.cpu_extension()
+        self._budget = CacheBudget(_cached_specs(model, verifier), kv_cache_memory_bytes)
         weights = PackedWeights(extension, model.model)
         scorer = None if verifier is None else verifier.scorer(model)
         updates = _lora_updates(scorer.decoder) if isinstance(verifier, LoraVerifier) else {}
-        self._llm = CachedDecoder(extension, weights.decoder(updates), weights.spec)
+        num_blocks = self._budget.num_blocks
+        self._llm = CachedDecoder(extension, weights.decoder(updates), weights.spec, num_blocks)
         self._llm.check(model.model)
-        self._plan = _make_plan(extension, self._llm, verifier, scorer)
+        self._plan = _make_plan(extension, self._llm, verifier, scorer, num_blocks)
         configs = [model.model.config.get_text_config()]
         if isinstance(verifier, FullVerifier):
             configs.append(verifier.network.config.get_text_config())
@@ -70,16 +75,36 @@ class CpuBackend(Backend):
             return str(error)
         return None
 
-    def prefill(self, sequences: list[Sequence]) -> None:
-        for sequence in sequences:
+    def check_fits(self, num_tokens: int, name: str) -> None:
+        self._budget.check_fits(num_tokens, name)
+
+    def reserve(self, sequence: Sequence) -> None:
+        is_new = sequence.slot is None
+        if is_new:
             sequence.slot = self._llm.allocate()
             self._plan.add(sequence)
-        self._llm.extend([s.slot for s in sequences], [s.tokens_from(0) for s in sequences])
+        try:
+            self._make_room(sequence)
+        except CacheFullError:
+            if is_new:
+                self.free(sequence)
+            raise
+
+    def prefill(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self.reserve(sequence)
+        slots = [s.slot for s in sequences]
+        self._llm.extend(slots, [s.tokens_from(self._llm.lengths[s.slot]) for s in sequences])
+        self._plan.prefill(sequences)
 
     def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
         check_fork(child, length, verified=not isinstance(self._plan, PlainCpuPlan))
         child.slot = self._llm.fork(parent.slot, length)
-        self._plan.fork(parent.slot, child.slot)
+        try:
+            self._plan.fork(parent, child)
+        except CacheFullError:
+            self.free(child)
+            raise
 
     def free(self, sequence: Sequence) -> None:
         slot, sequence.slot = sequence.slot, None
@@ -88,6 +113,8 @@ class CpuBackend(Backend):
             self._llm.free(slot)
 
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        for sequence in sequences:
+            self._make_room(sequence)
         return self._plan.step(sequences)
 
     def logits(self, sequences: list[Sequence]) -> torch.Tensor:
@@ -97,19 +124,34 @@ class CpuBackend(Backend):
         """Cached keys and values of the LLM per layer, each [num_kv_heads, cached_length, head_dim]."""
         return self._llm.prefix(sequence.slot)
 
+    def _make_room(self, sequence: Sequence) -> None:
+        length = len(sequence) + 1  # the next token may be cached with the step that chooses it
+        self._llm.reserve(sequence.slot, length)
+        self._plan.reserve(sequence, length)
 
-def _make_plan(extension: ModuleType, llm: CachedDecoder, verifier: Verifier | None, scorer: Scorer | None) -> CpuPlan:
-    """The plan for a verifier's kind."""
+
+def _cached_specs(model: LoadedModel, verifier: Verifier | None) -> list[DecoderSpec]:
+    """Of the decoders that cache: the LLM, and a verifier other than a head on it."""
+    llm = DecoderSpec.from_model(model.model)
+    if verifier is None or isinstance(verifier, HeadVerifier):
+        return [llm]
+    return [llm, DecoderSpec.from_model(verifier.network) if isinstance(verifier, FullVerifier) else llm]
+
+
+def _make_plan(
+    extension: ModuleType, llm: CachedDecoder, verifier: Verifier | None, scorer: Scorer | None, num_blocks: int
+) -> CpuPlan:
+    """The plan for a verifier's kind, with `num_blocks` in a cache of its own if it has one."""
     if verifier is None:
         return PlainCpuPlan(extension, llm)
     head = _pack_head(extension, scorer.head, scorer.decoder.model.config.get_text_config().hidden_size)
     if isinstance(verifier, HeadVerifier):
         return JointCpuPlan(extension, llm, head)
     if isinstance(verifier, LoraVerifier):
-        adapted = CachedDecoder(extension, llm.decoder, llm.spec, adapted=True)
+        adapted = CachedDecoder(extension, llm.decoder, llm.spec, num_blocks, adapted=True)
         return JointLoraCpuPlan(extension, llm, adapted, head)
     weights = PackedWeights(extension, verifier.network)
-    network = CachedDecoder(extension, weights.decoder(), weights.spec)
+    network = CachedDecoder(extension, weights.decoder(), weights.spec, num_blocks)
     network.check(verifier.network)
     return LazyCpuPlan(extension, llm, network, head)
 

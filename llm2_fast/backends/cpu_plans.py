@@ -41,8 +41,14 @@ class CpuPlan(ABC):
     def add(self, sequence: Sequence) -> None:
         """A sequence was given a slot."""
 
-    def fork(self, parent: int, child: int) -> None:
-        """A slot was forked."""
+    def reserve(self, sequence: Sequence, length: int) -> None:
+        """Make room for `length` positions in what a verifier keeps. Raises `CacheFullError`."""
+
+    def prefill(self, sequences: list[Sequence]) -> None:
+        """Compute what a verifier keeps of all tokens, if it needs it at every step."""
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """A slot was forked: the child's tokens begin with the parent's. Raises `CacheFullError`."""
 
     def free(self, slot: int) -> None:
         """A slot is about to be given back; it may not have been added yet."""
@@ -108,9 +114,7 @@ class JointCpuPlan(CpuPlan):
         slots = [s.slot for s in sequences]
         lengths = [self._llm.lengths[slot] for slot in slots]
         seen = occurring_tokens(sequences, self._llm.spec.vocab_size)
-        for slot, length in zip(slots, lengths, strict=True):
-            self._llm.reserve(slot, length + 1)
-        adapted_cache, adapted_slots = self._reserve_twins(slots)
+        adapted_cache, adapted_slots = self._twins(slots)
         self._llm.decoder.joint_step(
             self._llm.cache,
             tensors.bound,
@@ -128,8 +132,8 @@ class JointCpuPlan(CpuPlan):
         verifier_rows = self._verifier_rows(tensors.candidates.count.tolist())
         return step_outputs(sequences, tensors.candidates, tensors.scores, tensors.picked, verifier_rows)
 
-    def _reserve_twins(self, slots: list[int]) -> tuple[Any, list[int]]:
-        """The cache of the branches' adapted twins, if they have any, with room for them, and their slots."""
+    def _twins(self, slots: list[int]) -> tuple[Any, list[int]]:
+        """The cache of the branches' adapted twins, if they have any, and their slots."""
         return None, []
 
     def _committed(self, slot: int) -> None:
@@ -156,21 +160,25 @@ class JointLoraCpuPlan(JointCpuPlan):
         self._slots: dict[int, int] = {}  # LLM slot -> slot of the adapted cache
 
     def add(self, sequence: Sequence) -> None:
-        slot = self._slots[sequence.slot] = self._adapted.allocate()
-        self._adapted.extend([slot], [sequence.tokens_from(0)])
+        self._slots[sequence.slot] = self._adapted.allocate()
 
-    def fork(self, parent: int, child: int) -> None:
-        self._slots[child] = self._adapted.fork(self._slots[parent])
+    def reserve(self, sequence: Sequence, length: int) -> None:
+        self._adapted.reserve(self._slots[sequence.slot], length)
+
+    def prefill(self, sequences: list[Sequence]) -> None:
+        slots = [self._slots[s.slot] for s in sequences]
+        missing = [s.tokens_from(self._adapted.lengths[slot]) for s, slot in zip(sequences, slots, strict=True)]
+        self._adapted.extend(slots, missing)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        self._slots[child.slot] = self._adapted.fork(self._slots[parent.slot])
 
     def free(self, slot: int) -> None:
         if slot in self._slots:
             self._adapted.free(self._slots.pop(slot))
 
-    def _reserve_twins(self, slots: list[int]) -> tuple[Any, list[int]]:
-        twins = [self._slots[slot] for slot in slots]
-        for twin in twins:
-            self._adapted.reserve(twin, self._adapted.lengths[twin] + 1)
-        return self._adapted.cache, twins
+    def _twins(self, slots: list[int]) -> tuple[Any, list[int]]:
+        return self._adapted.cache, [self._slots[slot] for slot in slots]
 
     def _committed(self, slot: int) -> None:
         super()._committed(slot)
@@ -187,7 +195,6 @@ class LazyCpuPlan(CpuPlan):
         super().__init__(extension, llm)
         self._verifier, self._head = verifier, head
         self._slots: dict[int, int] = {}  # LLM slot -> verifier slot
-        self._tokens: dict[int, list[int]] = {}  # of each verifier slot, cached or not
 
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
         tensors = self._tensors_for(sequences)
@@ -208,36 +215,29 @@ class LazyCpuPlan(CpuPlan):
         picked = adjust_and_pick(
             candidates.ids, candidates.logits, candidates.count, scores, seen=seen, **pick_options(sequences)
         )
-        for sequence, first_row, index, token in zip(
-            sequences, first_rows, picked.index.tolist(), picked.token.tolist(), strict=True
-        ):
-            if token < 0:
-                continue
-            slot = self._slots[sequence.slot]
-            if first_row is not None:
-                self._verifier.keep_row(slot, first_row + index)
-            self._tokens[slot].append(token)
+        for sequence, first_row, index in zip(sequences, first_rows, picked.index.tolist(), strict=True):
+            if index >= 0 and first_row is not None:
+                self._verifier.keep_row(self._slots[sequence.slot], first_row + index)
         return step_outputs(sequences, candidates, scores, picked, verifier_rows)
 
     def add(self, sequence: Sequence) -> None:
-        slot = self._slots[sequence.slot] = self._verifier.allocate()
-        self._tokens[slot] = list(sequence.prompt_token_ids)
+        self._slots[sequence.slot] = self._verifier.allocate()
 
-    def fork(self, parent: int, child: int) -> None:
-        slot = self._slots[parent]
-        self._verifier.extend([slot], [self._skipped(slot)])  # once for all forks
-        copy = self._slots[child] = self._verifier.fork(slot)
-        self._tokens[copy] = list(self._tokens[slot])
+    def reserve(self, sequence: Sequence, length: int) -> None:
+        self._verifier.reserve(self._slots[sequence.slot], length)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        slot = self._slots[parent.slot]
+        self._verifier.extend([slot], [self._skipped(parent)])  # once for all forks
+        self._slots[child.slot] = self._verifier.fork(slot)
 
     def free(self, slot: int) -> None:
         if slot in self._slots:
-            slot = self._slots.pop(slot)
-            del self._tokens[slot]
-            self._verifier.free(slot)
+            self._verifier.free(self._slots.pop(slot))
 
-    def _skipped(self, slot: int) -> list[int]:
+    def _skipped(self, sequence: Sequence) -> list[int]:
         """Tokens that the verifier has not seen yet."""
-        return self._tokens[slot][self._verifier.lengths[slot] :]
+        return sequence.tokens_from(self._verifier.lengths[self._slots[sequence.slot]])
 
     def _score(
         self, sequences: list[Sequence], candidates: Candidates
@@ -250,18 +250,17 @@ class LazyCpuPlan(CpuPlan):
         ambiguous = [row for row, count in enumerate(counts) if count > 1]
         if not ambiguous:
             return scores, first_rows, verifier_rows
+        for row in ambiguous:
+            verifier_rows[row] = len(self._skipped(sequences[row])) + counts[row]
+        self._catch_up([sequences[row] for row in ambiguous])
         rows = PassRows.empty()
-        slots = [self._slots[sequences[row].slot] for row in ambiguous]
-        skipped = {slot: self._skipped(slot) for slot in slots}
-        self._catch_up(slots, skipped)
-        for row, slot in zip(ambiguous, slots, strict=True):
-            chain = self._verifier.pending_rows([slot], [self._skipped(slot)])
+        for row in ambiguous:
+            slot = self._slots[sequences[row].slot]
+            chain = self._verifier.pending_rows([slot], [self._skipped(sequences[row])])
             for token, position in zip(chain.token_ids, chain.positions, strict=True):
                 rows.add(slot, token, position, stored=True)
             first_rows[row] = len(rows)
-            verifier_rows[row] = len(skipped[slot]) + counts[row]
             length = self._verifier.lengths[slot]
-            self._verifier.reserve(slot, length + 1)
             for token in candidates.ids[row, : counts[row]].tolist():
                 rows.add(slot, token, length, stored=False)
         row_scores = self._verifier.forward(rows, self._head)
@@ -270,7 +269,7 @@ class LazyCpuPlan(CpuPlan):
             scores[row, :count] = row_scores[first : first + count]
         return scores, first_rows, verifier_rows
 
-    def _catch_up(self, slots: list[int], skipped: dict[int, list[int]]) -> None:
+    def _catch_up(self, sequences: list[Sequence]) -> None:
         """Run long stretches of skipped tokens, prompts mostly, in passes of their own."""
-        long = [slot for slot in slots if len(skipped[slot]) > _LONG]
-        self._verifier.extend(long, [skipped[slot] for slot in long])
+        long = [s for s in sequences if len(self._skipped(s)) > _LONG]
+        self._verifier.extend([self._slots[s.slot] for s in long], [self._skipped(s) for s in long])

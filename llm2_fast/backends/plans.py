@@ -43,8 +43,8 @@ class Plan(ABC):
     def add(self, sequence: Sequence) -> None:
         """A sequence was given a slot."""
 
-    def fork(self, parent: int, child: int) -> None:
-        """A slot was forked."""
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """A slot was forked: the child's tokens begin with the parent's."""
 
     def free(self, slot: int) -> None:
         """A slot is about to be given back; it may not have been added yet."""
@@ -136,11 +136,13 @@ class LazyPlan(Plan):
                 self.session.extend(self._slots[sequence.slot], [token])
 
     def add(self, sequence: Sequence) -> None:
-        self._slots[sequence.slot] = self.session.add(sequence.prompt_token_ids)
+        self._slots[sequence.slot] = self.session.add(sequence.tokens_from(0))
 
-    def fork(self, parent: int, child: int) -> None:
-        self.session.compute([self._slots[parent]])  # once for all forks
-        self._slots[child] = self.session.fork(self._slots[parent])
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        slot = self._slots[parent.slot]
+        self.session.compute([slot])  # once for all forks
+        self._slots[child.slot] = self.session.fork(slot)
+        self.session.extend(self._slots[child.slot], child.tokens_from(len(parent)))
 
     def free(self, slot: int) -> None:
         if slot in self._slots:

@@ -9,6 +9,7 @@ from llm2_fast.backends.options import pick_options, seen_tokens
 from llm2_fast.backends.outputs import step_outputs
 from llm2_fast.backends.plans import PlainPlan, make_plan
 from llm2_fast.cache.slots import SlotCache
+from llm2_fast.errors import ArgumentError
 from llm2_fast.models.decoder import LanguageModel, Rows
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.reference import adjust_and_pick
@@ -23,11 +24,18 @@ class ReferenceBackend(Backend):
     Args:
         model: The LLM.
         verifier: System 2, or None for plain decoding.
+        kv_cache_memory_bytes: None. The caches grow as needed.
+
+    Raises:
+        ArgumentError: The model keeps other conventions, or `kv_cache_memory_bytes` is given.
     """
 
     name = "reference"
 
-    def __init__(self, model: LoadedModel, verifier: Verifier | None) -> None:
+    def __init__(self, model: LoadedModel, verifier: Verifier | None, kv_cache_memory_bytes: int | None = None) -> None:
+        if kv_cache_memory_bytes is not None:
+            expected = "None with the reference backend, whose caches grow as needed"
+            raise ArgumentError("kv_cache_memory_bytes", expected, kv_cache_memory_bytes)
         self._lm = LanguageModel(model.model)
         self._lm.check()
         self._cache = SlotCache()
@@ -36,17 +44,21 @@ class ReferenceBackend(Backend):
         self.vocab_size = self._plan.vocab_size(self._lm)
         self.max_position_embeddings = self._plan.max_position_embeddings(self._lm)
 
-    def prefill(self, sequences: list[Sequence]) -> None:
-        for sequence in sequences:
+    def reserve(self, sequence: Sequence) -> None:
+        if sequence.slot is None:
             sequence.slot = self._cache.allocate()
             self._plan.add(sequence)
+
+    def prefill(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self.reserve(sequence)
         self._advance(sequences)
 
     def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
         check_fork(child, length, verified=not isinstance(self._plan, PlainPlan))
         child.slot = self._cache.fork(parent.slot, length)
         self._hidden[child.slot] = self._hidden[parent.slot]
-        self._plan.fork(parent.slot, child.slot)
+        self._plan.fork(parent, child)
 
     def free(self, sequence: Sequence) -> None:
         slot, sequence.slot = sequence.slot, None

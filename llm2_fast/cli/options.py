@@ -17,6 +17,11 @@ _LOAD_OPTIONS: dict[str, dict[str, Any]] = {
     "backend": {"metavar": "NAME", "help": "auto, or one of those that `llm2-fast info` lists"},
     "max_batch_size": {"metavar": "N", "type": int, "help": "sequences decoded together; more wait their turn"},
     "max_length": {"metavar": "N", "type": int, "help": "bound on prompt and new tokens together"},
+    "kv_cache_memory_bytes": {
+        "metavar": "N",
+        "type": int,
+        "help": "bound on the keys and values of all sequences; half of the machine's memory unless given",
+    },
     "allow_pickle": {"action": "store_true", "help": "also read pickled weights, which can run code while they load"},
 }
 

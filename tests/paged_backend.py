@@ -1,0 +1,120 @@
+"""A backend without a model: its cache holds token ids, so that it can tell whether what a step reads is right."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from llm2_fast.backends.backend import Backend
+from llm2_fast.cache.blocks import BlockTables
+from llm2_fast.errors import ArgumentError, CacheFullError
+from llm2_fast.results import StepOutput
+from llm2_fast.sequence import Sequence
+
+VOCAB = 61
+
+
+def next_token(token_ids: list[int], request_id: int, sample_index: int) -> int:
+    """Stands for a model and random numbers: depends on every token before it."""
+    state = 17 * request_id + 5 * sample_index
+    for token in token_ids:
+        state = (31 * state + token + 1) % 10007
+    return state % VOCAB
+
+
+def continuation(prompt: list[int], request_id: int, sample_index: int, max_new_tokens: int) -> list[int]:
+    """What a sample must become."""
+    token_ids = list(prompt)
+    for _ in range(max_new_tokens):
+        token_ids.append(next_token(token_ids, request_id, sample_index))
+    return token_ids[len(prompt) :]
+
+
+class PagedBackend(Backend):
+    """Blocks of `block_size` positions, `capacity` of them.
+
+    Attributes:
+        fail: Called before every step and prefill; what it raises leaves the cache half written.
+        prefilled: Tokens computed other than by steps.
+    """
+
+    name = "paged"
+    vocab_size = VOCAB
+    max_position_embeddings = None
+
+    def __init__(self, block_size: int, capacity: int) -> None:
+        self.tables = BlockTables(block_size, capacity)
+        self.fail = lambda: None
+        self.prefilled = 0
+        self._storage: dict[tuple[int, int], int] = {}  # (block, offset) -> token
+        self._lengths: dict[int, int] = {}
+
+    def check_fits(self, num_tokens: int, name: str) -> None:
+        if -(-num_tokens // self.tables.block_size) + 1 > self.tables.capacity:
+            raise ArgumentError("capacity", f"enough for {name}", self.tables.capacity)
+
+    def reserve(self, sequence: Sequence) -> None:
+        is_new = sequence.slot is None
+        if is_new:
+            sequence.slot = self.tables.allocate()
+            self._lengths[sequence.slot] = 0
+        try:
+            self.tables.reserve(sequence.slot, len(sequence) + 1)
+        except CacheFullError:
+            if is_new:
+                self.free(sequence)
+            raise
+
+    def prefill(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self.reserve(sequence)
+        for sequence in sequences:
+            self.prefilled += len(sequence) - self._lengths[sequence.slot]
+        self._write(sequences)
+
+    def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
+        assert length is None
+        length = self._lengths[parent.slot]
+        assert length == len(parent), "forked before it was computed"
+        assert child.tokens_from(0)[:length] == parent.tokens_from(0)
+        child.slot, copied = self.tables.fork(parent.slot, length)
+        self._lengths[child.slot] = length
+        if copied is not None:
+            for offset in range(self.tables.block_size):
+                self._storage[copied[1], offset] = self._storage.get((copied[0], offset), -1)
+
+    def free(self, sequence: Sequence) -> None:
+        if sequence.slot is not None:
+            self.tables.free(sequence.slot)
+            del self._lengths[sequence.slot]
+            sequence.slot = None
+
+    def step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        assert sequences
+        assert all(sequence.slot is not None for sequence in sequences)
+        for sequence in sequences:
+            self.tables.reserve(sequence.slot, len(sequence) + 1)
+        for sequence in sequences:
+            assert self._lengths[sequence.slot] >= len(sequence) - 1, "stepped before it was computed"
+        self._write(sequences)
+        return [self._choose(sequence) for sequence in sequences]
+
+    def logits(self, sequences: list[Sequence]) -> NoReturn:
+        raise NotImplementedError
+
+    def _write(self, sequences: list[Sequence]) -> None:
+        """Cache what is missing; lengths first, as in backends whose passes can fail."""
+        missing = [(s, position) for s in sequences for position in range(self._lengths[s.slot], len(s))]
+        for sequence in sequences:
+            self._lengths[sequence.slot] = len(sequence)
+        self.fail()
+        for sequence, position in missing:
+            self._storage[self._place(sequence, position)] = sequence.tokens_from(position)[0]
+
+    def _choose(self, sequence: Sequence) -> StepOutput:
+        cached = [self._storage[self._place(sequence, position)] for position in range(len(sequence))]
+        assert cached == sequence.tokens_from(0)
+        return StepOutput(next_token(cached, sequence.request_id, sequence.sample_index), -1.0, num_candidates=1)
+
+    def _place(self, sequence: Sequence, position: int) -> tuple[int, int]:
+        block, offset = divmod(position, self.tables.block_size)
+        return self.tables.table(sequence.slot)[block], offset
