@@ -13,16 +13,17 @@ from llm2_fast.backends.backend import Backend, check_fork
 from llm2_fast.backends.cached_decoder import CachedDecoder
 from llm2_fast.backends.cpu_plans import CpuPlan, JointCpuPlan, JointLoraCpuPlan, LazyCpuPlan, PlainCpuPlan
 from llm2_fast.errors import ArgumentError
+from llm2_fast.models.checkpoint import CheckpointSource
 from llm2_fast.models.decoder import FINAL_LAYER
 from llm2_fast.models.loading import LoadedModel
+from llm2_fast.models.packed_file import PackedFile
+from llm2_fast.models.source import ModelSource
 from llm2_fast.models.spec import DecoderSpec, text_decoder
 from llm2_fast.models.weights import LoraUpdate, PackedWeights
 from llm2_fast.results import StepOutput
 from llm2_fast.sequence import Sequence
-from llm2_fast.verifier import FullVerifier, HeadVerifier, LoraVerifier, ScoreHead, Verifier
+from llm2_fast.verifier import FullVerifier, HeadVerifier, LoraVerifier, Verifier
 from llm2_fast.verifier.full import LabelHead
-from llm2_fast.verifier.lora import LoraDecoder
-from llm2_fast.verifier.scorer import Scorer
 
 
 class CpuBackend(Backend):
@@ -34,6 +35,7 @@ class CpuBackend(Backend):
     Args:
         model: The LLM. Its weights are packed; changes to the model afterwards have no effect.
         verifier: System 2, or None for plain decoding.
+        cache_packed: Keep the packed weights of checkpoints in files, see `PackedFile`.
 
     Raises:
         ArgumentError: The model or the verifier has a part that compiled decoders lack, or the extension is missing.
@@ -41,19 +43,17 @@ class CpuBackend(Backend):
 
     name = "cpu"
 
-    def __init__(self, model: LoadedModel, verifier: Verifier | None) -> None:
+    def __init__(self, model: LoadedModel, verifier: Verifier | None, *, cache_packed: bool = False) -> None:
         if (reason := self.unsupported(model, verifier)) is not None:
             raise ArgumentError("backend", "a backend for this model and verifier", f"'cpu' ({reason})")
         extension = ops.cpu_extension()
-        weights = PackedWeights(extension, model.model)
-        scorer = None if verifier is None else verifier.scorer(model)
-        updates = _lora_updates(scorer.decoder) if isinstance(verifier, LoraVerifier) else {}
-        self._llm = CachedDecoder(extension, weights.decoder(updates), weights.spec)
-        self._llm.check(model.model)
-        self._plan = _make_plan(extension, self._llm, verifier, scorer)
-        configs = [model.model.config.get_text_config()]
+        head = _pack_head(extension, model, verifier)  # first, since it may not fit the model
+        updates = _lora_updates(model, verifier) if isinstance(verifier, LoraVerifier) else {}
+        self._llm = _compile(extension, model.source, cache_packed, updates)
+        self._plan = _make_plan(extension, self._llm, head, verifier, cache_packed)
+        configs = [model.config.get_text_config()]
         if isinstance(verifier, FullVerifier):
-            configs.append(verifier.network.config.get_text_config())
+            configs.append(verifier.source.config.get_text_config())
         self.vocab_size = min(config.vocab_size for config in configs)
         self.max_position_embeddings = min(config.max_position_embeddings for config in configs)
 
@@ -63,9 +63,9 @@ class CpuBackend(Backend):
         if (problem := ops.cpu_extension_problem()) is not None:
             return problem
         try:
-            DecoderSpec.from_model(model.model)
+            DecoderSpec.from_model(model.source.skeleton)
             if isinstance(verifier, FullVerifier):
-                DecoderSpec.from_model(verifier.network)
+                DecoderSpec.from_model(verifier.source.skeleton)
         except ArgumentError as error:
             return str(error)
         return None
@@ -98,26 +98,45 @@ class CpuBackend(Backend):
         return self._llm.prefix(sequence.slot)
 
 
-def _make_plan(extension: ModuleType, llm: CachedDecoder, verifier: Verifier | None, scorer: Scorer | None) -> CpuPlan:
+def _make_plan(
+    extension: ModuleType, llm: CachedDecoder, head: Any, verifier: Verifier | None, cache_packed: bool
+) -> CpuPlan:
     """The plan for a verifier's kind."""
     if verifier is None:
         return PlainCpuPlan(extension, llm)
-    head = _pack_head(extension, scorer.head, scorer.decoder.model.config.get_text_config().hidden_size)
     if isinstance(verifier, HeadVerifier):
         return JointCpuPlan(extension, llm, head)
     if isinstance(verifier, LoraVerifier):
         adapted = CachedDecoder(extension, llm.decoder, llm.spec, adapted=True)
         return JointLoraCpuPlan(extension, llm, adapted, head)
-    weights = PackedWeights(extension, verifier.network)
-    network = CachedDecoder(extension, weights.decoder(), weights.spec)
-    network.check(verifier.network)
+    network = _compile(extension, verifier.source, cache_packed)
     return LazyCpuPlan(extension, llm, network, head)
 
 
-def _lora_updates(decoder: LoraDecoder) -> dict[str, LoraUpdate]:
-    """By module path below the decoder. Modules elsewhere, those that see images, do not see text."""
-    deltas = dict(decoder.adapted)
-    modules = text_decoder(decoder.model).named_modules()
+def _compile(
+    extension: ModuleType, source: ModelSource, cache_packed: bool, updates: dict[str, LoraUpdate] | None = None
+) -> CachedDecoder:
+    """A decoder that was found to compute what the model does.
+
+    A packed file is written only after the check, and is read only by versions that would check the same.
+    """
+    file = PackedFile(extension, source) if cache_packed and isinstance(source, CheckpointSource) else None
+    if file is not None and (weights := file.read()) is not None:
+        return CachedDecoder(extension, weights.decoder(updates), weights.spec)
+    weights = PackedWeights.pack(extension, source)
+    decoder = CachedDecoder(extension, weights.decoder(updates), weights.spec)
+    with source.running() as model:
+        decoder.check(model)
+    if file is not None:
+        file.write(weights)
+    return decoder
+
+
+def _lora_updates(model: LoadedModel, verifier: LoraVerifier) -> dict[str, LoraUpdate]:
+    """By module path below the text decoder. Modules elsewhere, those that see images, do not see text."""
+    base = model.source.skeleton.base_model
+    deltas = {base.get_submodule(path): delta for path, delta in verifier.deltas_for(model).items()}
+    modules = text_decoder(base).named_modules()
     return {
         path: (deltas[module].a, deltas[module].b * deltas[module].scaling)
         for path, module in modules
@@ -125,8 +144,13 @@ def _lora_updates(decoder: LoraDecoder) -> dict[str, LoraUpdate]:
     }
 
 
-def _pack_head(extension: ModuleType, head: ScoreHead | LabelHead, hidden_size: int) -> Any:
-    """`llm2_fast_C.ScoreHead` of a head."""
+def _pack_head(extension: ModuleType, model: LoadedModel, verifier: Verifier | None) -> Any:
+    """`llm2_fast_C.ScoreHead` of a verifier for `model`, None without one."""
+    if verifier is None:
+        return None
+    head = verifier.head_for(model)
+    config = verifier.source.config if isinstance(verifier, FullVerifier) else model.config
+    hidden_size = config.get_text_config().hidden_size
 
     def vector(tensor: torch.Tensor) -> object:
         return to_dlpack(tensor.detach().float().contiguous().flatten())

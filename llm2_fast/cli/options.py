@@ -17,6 +17,7 @@ _LOAD_OPTIONS: dict[str, dict[str, Any]] = {
     "backend": {"metavar": "NAME", "help": "auto, or one of those that `llm2-fast info` lists"},
     "max_batch_size": {"metavar": "N", "type": int, "help": "sequences decoded together; more wait their turn"},
     "max_length": {"metavar": "N", "type": int, "help": "bound on prompt and new tokens together"},
+    "cache_packed": {"action": "store_true", "help": "keep packed weights in files, so that later loads are fast"},
     "allow_pickle": {"action": "store_true", "help": "also read pickled weights, which can run code while they load"},
 }
 
