@@ -48,7 +48,12 @@ def open_checkpoint(
             pass  # compiled decoders lack a part of it, so whoever runs it needs the whole model
         except CheckpointError as error:
             obstacle = error
-    model = read_checkpoint(auto_class, source, dtype=dtype, allow_pickle=allow_pickle).to(device).eval()
+    try:
+        model = read_checkpoint(auto_class, source, dtype=dtype, allow_pickle=allow_pickle).to(device).eval()
+    except CheckpointError as error:
+        if obstacle is None:
+            raise
+        raise CheckpointError(f"{error} ({obstacle})") from error
     if obstacle is not None:
         message = "model %r: read whole instead of tensor by tensor, so it stays in memory and is not cached: %s"
         _LOGGER.warning(message, str(source), obstacle)
@@ -144,12 +149,12 @@ class CheckpointSource(ModelSource):
         values = torch.empty(stored.shape, dtype=self.dtype)
         step = max(1, _CHUNK_BYTES // (values[0].numel() * values.element_size()))
         for first in range(0, len(values), step):
-            values[first : first + step] = _read(stored, slice(first, first + step))
+            values[first : first + step] = _read(stored)[first : first + step]
         return values
 
     def rows(self, parameter: nn.Parameter, indices: Sequence[int]) -> torch.Tensor:
         stored = self._stored[parameter]
-        with safe_open(stored.path, framework="pt") as file:
+        with _opened(stored.path) as file:
             rows = file.get_slice(stored.name)
             return torch.cat([rows[index : index + 1] for index in indices]).to(self.dtype)
 
@@ -187,7 +192,9 @@ class CheckpointSource(ModelSource):
 
 
 def _find(source: str | Path, name: str) -> Path | None:
-    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    """A file of a checkpoint; None if it has none, or if that cannot be found out without the hub."""
+    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(source, name, **lenient)
     return None if path is None else Path(path)
 
 
@@ -195,7 +202,7 @@ def _read_config(source: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(source)
     except Exception as error:  # as for models, the errors have no common base
-        raise CheckpointError(f"no configuration: {error}") from error
+        raise CheckpointError("its configuration cannot be read") from error
 
 
 def _usable_files(source: str | Path, config: PreTrainedConfig) -> list[Path]:
@@ -208,7 +215,7 @@ def _usable_files(source: str | Path, config: PreTrainedConfig) -> list[Path]:
             raise CheckpointError("an adapter lies beside its weights")
         files = weight_files(source)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the index may hold anything
-        raise CheckpointError(f"no weight files: {error}") from error
+        raise CheckpointError("its weight files cannot be listed") from error
     if not files:
         raise CheckpointError("its weights are no safetensors")
     return files
@@ -218,13 +225,10 @@ def _list_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     """By name."""
     stored = {}
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  not a dictionary
-                    tensor = file.get_slice(name)
-                    stored[name] = StoredTensor(path, name, _DTYPES.get(tensor.get_dtype()), tuple(tensor.get_shape()))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path.name} cannot be read: {error}") from error
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118  not a dictionary
+                tensor = file.get_slice(name)
+                stored[name] = StoredTensor(path, name, _DTYPES.get(tensor.get_dtype()), tuple(tensor.get_shape()))
     return stored
 
 
@@ -235,16 +239,16 @@ def _make_skeleton(
     try:
         with torch.device("meta"):
             skeleton = auto_class.from_config(config, dtype=dtype)
+        for module in skeleton.modules():
+            if module._buffers:
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, torch.empty_like(buffer, device="cpu"))
+                skeleton._init_weights(module)  # fills the buffers, as when transformers loads a checkpoint
+        if skeleton.can_generate():
+            with contextlib.suppress(OSError):  # none: then the skeleton's, made from the model's configuration
+                skeleton.generation_config = GenerationConfig.from_pretrained(source)
     except Exception as error:
-        raise CheckpointError(f"no such model: {error}") from error
-    for module in skeleton.modules():
-        if module._buffers:
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, torch.empty_like(buffer, device="cpu"))
-            skeleton._init_weights(module)  # fills the buffers, as when transformers loads a checkpoint
-    if skeleton.can_generate():
-        with contextlib.suppress(OSError):  # none: then the skeleton's, made from the model's configuration
-            skeleton.generation_config = GenerationConfig.from_pretrained(source)
+        raise CheckpointError("no model can be made of its configuration") from error
     return skeleton.eval()
 
 
@@ -276,7 +280,16 @@ def _same(a: StoredTensor, b: StoredTensor) -> bool:
     return a.dtype == b.dtype and torch.equal(_read(a), _read(b))
 
 
-def _read(stored: StoredTensor, rows: slice | None = None) -> torch.Tensor:
-    """A tensor, or some of its rows. The file is opened each time, so its pages leave memory with the tensor."""
-    with safe_open(stored.path, framework="pt") as file:
-        return file.get_tensor(stored.name) if rows is None else file.get_slice(stored.name)[rows]
+def _read(stored: StoredTensor) -> torch.Tensor:
+    """A tensor, mapped into memory. The file is opened each time, so its pages leave memory with the tensor."""
+    with _opened(stored.path) as file:
+        return file.get_tensor(stored.name)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"weights {str(path)!r}: cannot be read: {error}") from error

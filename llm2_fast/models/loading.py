@@ -104,7 +104,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
-    The weights of models that the cpu backend supports stay in their files until they are asked for.
+    The weights of models that the cpu backend supports stay in their files, which must stay in place, until they are
+    asked for.
 
     Args:
         model: A Hugging Face directory or hub id, the path of a GGUF file, or a loaded model, which is used as it is.

@@ -39,10 +39,10 @@ class PackedFile:
     """Packed weights of a checkpoint, for one tier of kernels: a safetensors file with aligned tensors.
 
     Its metadata has the layouts of the packed layers, a CRC-32 of every tensor, and a key: the versions of format,
-    package and transformers, the tier, the decoder's spec, and names, sizes, modification times and a fingerprint of
-    the weights it was made of. A file with another key is replaced; so is, with a warning, one that is damaged. Files
-    appear whole under their name, so that processes may read and write at once. One that cannot be written is reported
-    in the log and done without.
+    package and transformers, the build of the extension, the tier, the decoder's spec, and names, sizes, modification
+    times and a fingerprint of the weights it was made of. A file with another key is replaced; so is, with a warning,
+    one that is damaged. Files appear whole under their name, so that processes may read and write at once. One that
+    cannot be written is reported in the log and done without.
 
     Args:
         extension: The module `llm2_fast_C`.
@@ -57,15 +57,15 @@ class PackedFile:
         self._extension = extension
         self._spec = DecoderSpec.from_model(source.skeleton)
         architecture, isa = type(source.skeleton).__name__, extension.cpu_isa()
-        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
         key = {
             "format_version": _FORMAT_VERSION,
             "llm2_fast": __version__,
             "transformers": transformers.__version__,
+            "extension": _identity(Path(extension.__file__)),
             "isa": isa,
             "architecture": architecture,
             "spec": asdict(self._spec),
-            "files": files,
+            "files": [_identity(path) for path in source.files],
             "fingerprint": fingerprint(source),
         }
         self._key = json.dumps(key, sort_keys=True)
@@ -125,6 +125,12 @@ class PackedFile:
         from_buffers = self._extension.PackedLinear.from_buffers
         linears = {name: from_buffers(parts[name], **layout) for name, layout in layouts.items()}
         return PackedWeights(self._extension, self._spec, linears, tensors)
+
+
+def _identity(path: Path) -> tuple[str, int, int]:
+    """Name, size and modification time of a file."""
+    stat = path.stat()
+    return path.name, stat.st_size, stat.st_mtime_ns
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
