@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "dlpack.h"
 #include "llm2_fast/decoder.h"
 #include "llm2_fast/step.h"
 
@@ -71,6 +73,73 @@ PackedPtr make_packed_linear(const std::vector<py::object>& weights, const std::
   const Arrangement arrangement = interleaved ? Arrangement::kInterleaved : Arrangement::kStacked;
   const py::gil_scoped_release release;
   return std::make_shared<PackedLinear>(float_dtype(first), views, first.size(1), arrangement, tier, num_threads);
+}
+
+// A buffer as a DLPack capsule, which torch reads without a copy. It must not be written to.
+py::capsule export_buffer(const PackedBuffer& buffer, const PackedPtr& owner) {
+  struct Export {
+    DLManagedTensor managed;
+    int64_t size;
+    PackedPtr owner;
+  };
+  auto* exported = new Export{{}, buffer.size, owner};
+  const bool is_float = buffer.dtype == DType::kFloat32;
+  exported->managed.dl_tensor = {const_cast<void*>(buffer.data),
+                                 {kDLCPU, 0},
+                                 1,
+                                 {is_float ? kDLFloat : kDLBfloat, static_cast<uint8_t>(is_float ? 32 : 16), 1},
+                                 &exported->size,
+                                 nullptr,
+                                 0};
+  exported->managed.manager_ctx = exported;
+  exported->managed.deleter = [](DLManagedTensor* self) { delete static_cast<Export*>(self->manager_ctx); };
+  return py::capsule(&exported->managed, "dltensor", [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;  // consumed: its new owner calls the deleter
+    auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    managed->deleter(managed);
+  });
+}
+
+py::dict buffers_py(const PackedPtr& linear) {
+  py::dict capsules;
+  for (const PackedBuffer& buffer : linear->buffers()) {
+    capsules[py::str(buffer.name)] = export_buffer(buffer, linear);
+  }
+  return capsules;
+}
+
+py::dict layout_py(const PackedLinear& linear) {
+  py::dict layout;
+  layout["dtype"] = linear.dtype() == DType::kFloat32 ? "float32" : "bfloat16";
+  layout["in_features"] = linear.in_features();
+  layout["out_features"] = linear.out_features();
+  layout["interleaved"] = linear.arrangement() == Arrangement::kInterleaved;
+  layout["isa"] = isa_name(linear.isa());
+  layout["panel_shape"] = linear.panel_shape();
+  return layout;
+}
+
+PackedPtr packed_from_buffers(const py::dict& capsules, const std::string& dtype, int64_t in_features,
+                              int64_t out_features, bool interleaved, const std::string& isa,
+                              const std::array<int64_t, 3>& panel_shape) {
+  if (dtype != "float32" && dtype != "bfloat16") throw argument_error("dtype", "float32 or bfloat16", dtype);
+  require_at_least("in_features", in_features, 1);
+  require_at_least("out_features", out_features, 1);
+  if (interleaved) require_equal("out_features % 2", out_features % 2, 0);
+  using Tensors = std::vector<std::unique_ptr<TensorArgument>>;
+  const auto tensors = std::make_shared<Tensors>();
+  std::vector<PackedBuffer> buffers;
+  for (const auto& [name, capsule] : capsules) {
+    tensors->emplace_back(new TensorArgument(name.cast<std::string>(), capsule, {"float32", "bfloat16"}, 1));
+    const TensorArgument& tensor = *tensors->back();
+    buffers.push_back({tensor.name(), float_dtype(tensor), tensor.data<void>(), tensor.size(0)});
+  }
+  const Arrangement arrangement = interleaved ? Arrangement::kInterleaved : Arrangement::kStacked;
+  const DType type = dtype == "float32" ? DType::kFloat32 : DType::kBFloat16;
+  auto linear = std::make_shared<PackedLinear>(type, in_features, out_features, arrangement, parse_isa("isa", isa),
+                                               buffers, tensors);
+  if (linear->panel_shape() != panel_shape) throw argument_error("panel_shape", "that of this build", "another");
+  return linear;
 }
 
 void multiply_py(const PackedLinear& linear, py::handle input, py::handle output, int num_threads) {
@@ -494,6 +563,12 @@ void bind_decoder(py::module_& module) {
                                       "Linear layers with the same input, packed for one instruction-set tier.")
       .def(py::init(&make_packed_linear), arg("weights"), arg("biases"), arg("interleaved"), arg("num_threads"),
            arg("isa") = py::none())
+      .def_static("from_buffers", &packed_from_buffers, arg("buffers"), arg("dtype"), arg("in_features"),
+                  arg("out_features"), arg("interleaved"), arg("isa"), arg("panel_shape"),
+                  "A layer over the buffers, DLPack capsules by name, and with the layout of a packed one. The weights "
+                  "stay where they are.")
+      .def("buffers", &buffers_py, "DLPack capsules by name: weights and, if there is one, bias. Not to be written to.")
+      .def_property_readonly("layout", &layout_py, "The arguments of from_buffers besides the buffers.")
       .def_property_readonly("isa", [](const PackedLinear& linear) { return isa_name(linear.isa()); })
       .def("multiply", &multiply_py, arg("input"), arg("output"), arg("num_threads"),
            "output, float32 [rows, out_features], = input [rows, in_features] times the weights, plus the biases.");

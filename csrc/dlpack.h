@@ -1,4 +1,5 @@
-// The parts of the DLPack ABI that are needed to receive tensors (https://dmlc.github.io/dlpack).
+// The parts of the DLPack ABI that are needed to receive tensors and to hand out vectors
+// (https://dmlc.github.io/dlpack).
 //
 // Two kinds of capsule exist: "dltensor" holds a DLManagedTensor, "dltensor_versioned" a DLManagedTensorVersioned. Who
 // consumes one renames the capsule to "used_..." and calls the deleter when done.

@@ -41,6 +41,7 @@ def load(
     max_batch_size: int = 8,
     max_length: int | None = None,
     kv_cache_memory_bytes: int | None = None,
+    cache_packed: bool = False,
     allow_pickle: bool = False,
 ) -> Engine:
     """Load an LLM, and a verifier to steer it, into an engine.
@@ -59,6 +60,9 @@ def load(
         kv_cache_memory_bytes: Bound on the keys and values of all sequences, a verifier's included; half of the memory
             of the machine (or container) if None. Sequences without room wait, or are preempted and computed again,
             which changes none of their tokens. For the cpu backend; the reference's caches grow as needed.
+        cache_packed: Keep the weights, as the cpu backend packs them, in files of the cache directory, and map those
+            into memory from the next load on. Saves the packing and memory that processes can share; costs as much
+            disk space as the weights. For models and `full` verifiers that are read from files.
         allow_pickle: Also read pickled weights, which can run code while they load.
 
     Raises:
@@ -73,15 +77,21 @@ def load(
         check_number("max_length", max_length, integer=True, minimum=2)
     if kv_cache_memory_bytes is not None:
         check_number("kv_cache_memory_bytes", kv_cache_memory_bytes, integer=True, minimum=1)
+    if not isinstance(cache_packed, bool):
+        raise ArgumentError("cache_packed", "True or False", repr(cache_packed))
+    if cache_packed and (backend == ReferenceBackend.name or isinstance(model, PreTrainedModel)):
+        actual = "the reference backend" if backend == ReferenceBackend.name else "a model in memory"
+        raise ArgumentError("cache_packed", "False, or the cpu backend and a model that is read from files", actual)
     if verifier is not None and not isinstance(verifier, (str, os.PathLike, Verifier)):
         raise ArgumentError("verifier", "a path, a hub id, a llm2_fast.Verifier or None", type(verifier).__name__)
     loaded = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, allow_pickle=allow_pickle)
     if isinstance(verifier, (str, os.PathLike)):
         verifier = Verifier.from_pretrained(
-            verifier, device=loaded.model.device, dtype=loaded.model.dtype, allow_pickle=allow_pickle
+            verifier, device=loaded.device, dtype=loaded.dtype, allow_pickle=allow_pickle
         )
     chosen = _choose_backend(loaded, verifier) if backend == "auto" else _BACKENDS[backend]
-    running = chosen(loaded, verifier, kv_cache_memory_bytes)
+    options = {"cache_packed": cache_packed} if chosen is CpuBackend else {}
+    running = chosen(loaded, verifier, kv_cache_memory_bytes, **options)
     return Engine(running, loaded, verifier, max_batch_size=max_batch_size, max_length=max_length)
 
 
@@ -312,7 +322,11 @@ def _merge_config(config: GenerationConfig | None, overrides: dict[str, Any]) ->
 
 def _eos_token_ids(model: LoadedModel) -> tuple[int, ...]:
     """End-of-sequence tokens: the generation config's, else the model config's, else the tokenizer's."""
-    sources = (getattr(model.model, "generation_config", None), model.model.config.get_text_config(), model.tokenizer)
+    sources = (
+        getattr(model.source.skeleton, "generation_config", None),
+        model.config.get_text_config(),
+        model.tokenizer,
+    )
     for source in sources:
         if (eos := getattr(source, "eos_token_id", None)) is not None:
             return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)

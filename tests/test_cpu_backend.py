@@ -146,10 +146,10 @@ def test_bfloat16_hidden_states(family, adapted):
     model = tiny.causal_lm(family).to(torch.bfloat16)
     reference, updates = Decoder(model.base_model), None
     if adapted:
-        reference = case(family, "lora").verifier.scorer(LoadedModel(model, None, "tiny")).decoder
-        updates = _lora_updates(reference)
+        loaded, verifier = LoadedModel(model, None, "tiny"), case(family, "lora").verifier
+        reference, updates = verifier.scorer(loaded).decoder, _lora_updates(loaded, verifier)
     extension = ops.cpu_extension()
-    weights = PackedWeights(extension, model)
+    weights = PackedWeights.pack(extension, model)
     compiled = cached_decoder.CachedDecoder(
         extension, weights.decoder(updates), weights.spec, len(PROMPTS), adapted=adapted
     )
@@ -175,7 +175,7 @@ def test_scaled_embeddings_are_those_of_the_model(dtype, tied):
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
     extension = ops.cpu_extension()
-    weights = PackedWeights(extension, model)
+    weights = PackedWeights.pack(extension, model)
     decoder = cached_decoder.CachedDecoder(extension, weights.decoder(), weights.spec, num_blocks=1)
     slot = decoder.allocate()
     decoder.reserve(slot, 1)
@@ -398,7 +398,7 @@ def test_an_unsupported_verifier_is_refused_by_name():
 
 def decoder_and_cache(num_slots=2, num_blocks=3, block_size=4):
     extension = ops.cpu_extension()
-    weights = PackedWeights(extension, tiny.causal_lm("llama"))
+    weights = PackedWeights.pack(extension, tiny.causal_lm("llama"))
     storage = [torch.zeros(3, num_blocks, 2, block_size, 8) for _ in range(2)]
     table = torch.tensor([[0, 1], [2, 99]], dtype=torch.int32)[:num_slots]
     cache = extension.PagedCache(*map(to_dlpack, (*storage, table, torch.zeros(num_slots, 32))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.dlpack import to_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from llm2_fast import ops
 from tolerances import TOLERANCES
@@ -114,3 +114,76 @@ def test_bad_inputs_are_refused_by_name():
         multiply(packed, random(2, 3), 5)
     with pytest.raises(ValueError, match="input: expected float32 on the CPU, got bfloat16"):
         multiply(packed, random(2, 3, dtype=torch.bfloat16), 4)
+
+
+# --- Buffers -------------------------------------------------------------------------------------------------------
+
+
+def buffers_of(packed):
+    return {name: from_dlpack(capsule) for name, capsule in packed.buffers().items()}
+
+
+def aligned(tensor, offset=0):
+    """A copy `offset` elements behind a multiple of 64 bytes."""
+    storage = tensor.new_zeros(len(tensor) + 128)
+    first = -storage.data_ptr() % 64 // tensor.element_size() + offset
+    storage[first : first + len(tensor)] = tensor
+    return storage[first : first + len(tensor)]
+
+
+def rebuild(buffers, **layout):
+    return extension.PackedLinear.from_buffers({name: to_dlpack(t) for name, t in buffers.items()}, **layout)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_layer_over_the_buffers_of_another_is_the_same(isa, dtype, interleaved):
+    weights = [random(37, 19, dtype=dtype, seed=seed) for seed in (1, 2)]
+    for biases in (None, [random(37, seed=3), None]):
+        packed = pack(weights, biases, isa, interleaved)
+        buffers = {name: aligned(tensor) for name, tensor in buffers_of(packed).items()}
+        assert buffers.keys() == ({"weights"} if biases is None else {"weights", "bias"})
+        layout = packed.layout
+        again = rebuild(buffers, **layout)
+        assert again.layout == layout
+        assert buffers_of(again)["weights"].data_ptr() == buffers["weights"].data_ptr()
+        for name, tensor in buffers_of(packed).items():
+            assert torch.equal(buffers_of(again)[name], tensor)
+        if not interleaved:
+            x = random(3, 19, dtype=dtype, seed=4)
+            expected = multiply(packed, x, 74)
+            del buffers, packed  # the layer keeps its weights alive
+            assert torch.equal(multiply(again, x, 74), expected)
+
+
+def test_buffers_outlive_their_layer():
+    packed = pack([torch.ones(64, 32)])
+    buffers = buffers_of(packed)
+    del packed
+    assert torch.equal(buffers["weights"], torch.ones(64 * 32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b, layout: b.pop("weights"), "buffers: expected weights and perhaps bias"),
+        (lambda b, layout: b.update(scales=b["bias"]), "buffers: expected weights and perhaps bias, got 3"),
+        (lambda b, layout: b.update(weights=b["weights"][:-1]), "expected weights of .* got .* float32 elements"),
+        (lambda b, layout: b.update(bias=b["bias"].bfloat16()), "expected bias of .* bfloat16 elements"),
+        (lambda b, layout: b.update(weights=aligned(b["weights"], 1)), "weights at a multiple of 64 bytes"),
+        (lambda b, layout: layout.update(in_features=99), "expected weights of"),
+        (lambda b, layout: layout.update(out_features=0), "out_features: expected >= 1, got 0"),
+        (lambda b, layout: layout.update(dtype="int4"), "dtype: expected float32 or bfloat16, got int4"),
+        (lambda b, layout: layout.update(isa="sse9"), "isa: expected a tier"),
+        (lambda b, layout: layout.update(panel_shape=[1, 1, 1]), "panel_shape: expected that of this build"),
+        (lambda b, layout: layout.update(interleaved=True, out_features=33), "out_features % 2: expected 0, got 1"),
+    ],
+)
+def test_wrong_buffers_are_refused_by_name(change, message):
+    packed = pack([random(40, 19)], [random(40)])
+    buffers = {name: aligned(tensor) for name, tensor in buffers_of(packed).items()}
+    layout = packed.layout
+    change(buffers, layout)
+    with pytest.raises(ValueError, match=message):
+        rebuild(buffers, **layout)

@@ -2,6 +2,8 @@
 
 #include <cstring>
 #include <new>
+#include <stdexcept>
+#include <utility>
 
 #include "kernels.h"
 #include "llm2_fast/thread_pool.h"
@@ -59,17 +61,35 @@ std::vector<Feature> arrange(const std::vector<WeightView>& weights, int64_t ele
   return arranged;
 }
 
+std::string describe(DType dtype, int64_t size) {
+  return std::to_string(size) + (dtype == DType::kFloat32 ? " float32" : " bfloat16") + " elements";
+}
+
+// What the buffer `name` points at, null if there is none. Throws std::invalid_argument if it is of another type or
+// size.
+const void* find(const std::vector<PackedBuffer>& buffers, const char* name, DType dtype, int64_t size) {
+  for (const PackedBuffer& buffer : buffers) {
+    if (buffer.name != name) continue;
+    if (buffer.dtype == dtype && buffer.size == size) return buffer.data;
+    throw std::invalid_argument("buffers: expected " + buffer.name + " of " + describe(dtype, size) + ", got " +
+                                describe(buffer.dtype, buffer.size));
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 AlignedBuffer::AlignedBuffer(int64_t bytes) {
-  const int64_t alignment = bytes >= kHugePage ? kHugePage : kVectorAlignment;
-  const size_t size = static_cast<size_t>(round_up(bytes > 0 ? bytes : 1, alignment));
-  data_.reset(std::aligned_alloc(static_cast<size_t>(alignment), size));
-  if (data_ == nullptr) throw std::bad_alloc();
+  const int64_t size = round_up(bytes > 0 ? bytes : 1, kVectorAlignment);
+  void* data = nullptr;
+  const int64_t alignment = size >= kHugePage ? kHugePage : kVectorAlignment;
+  if (posix_memalign(&data, static_cast<size_t>(alignment), static_cast<size_t>(size)) != 0) throw std::bad_alloc();
+  data_.reset(data);
 #ifdef __linux__
-  if (alignment == kHugePage) madvise(data_.get(), size, MADV_HUGEPAGE);  // advice only: failure changes nothing
+  // Whole pages only: the rest of the last one would be memory that nobody uses. Advice: failure changes nothing.
+  if (alignment == kHugePage) madvise(data, static_cast<size_t>(size / kHugePage * kHugePage), MADV_HUGEPAGE);
 #endif
-  std::memset(data_.get(), 0, size);
+  std::memset(data, 0, static_cast<size_t>(size));
 }
 
 PackedLinear::PackedLinear(DType dtype, const std::vector<WeightView>& weights, int64_t in_features,
@@ -87,27 +107,62 @@ PackedLinear::PackedLinear(DType dtype, const std::vector<WeightView>& weights, 
   }
   depth_ = round_up(in_features, panel.depth);
   num_panels_ = static_cast<int64_t>(features.size()) / panel.width;
-  packed_ = AlignedBuffer(static_cast<int64_t>(features.size()) * depth_ * element_size);
+  const auto storage = std::make_shared<AlignedBuffer>(static_cast<int64_t>(features.size()) * depth_ * element_size);
+  packed_ = std::shared_ptr<const void>(storage, storage->data());
 
   std::vector<const void*> rows;
   for (const Feature& feature : features) {
     rows.push_back(feature.weights);
     if (has_bias) bias_.push_back(feature.bias);
   }
-  const PackArgs args = {dtype, rows.data(), in_features, depth_, packed_.data()};
+  const PackArgs args = {dtype, rows.data(), in_features, depth_, storage->data()};
   run_parallel(num_threads, 1, [&](Worker& worker) {
     worker.each(num_panels_, [&](RowRange panels) { table.pack_panels(args, panels); });
   });
 }
 
+PackedLinear::PackedLinear(DType dtype, int64_t in_features, int64_t out_features, Arrangement arrangement, Isa isa,
+                           const std::vector<PackedBuffer>& buffers, std::shared_ptr<const void> owner)
+    : dtype_(dtype), isa_(isa), arrangement_(arrangement), in_features_(in_features), out_features_(out_features) {
+  const PanelShape panel = kernels(isa).panel_shape(dtype);
+  const bool stacked = arrangement == Arrangement::kStacked;
+  const int64_t num_features =
+      stacked ? round_up(out_features, panel.width) : 2 * round_up(out_features / 2, panel.lanes);
+  depth_ = round_up(in_features, panel.depth);
+  num_panels_ = num_features / panel.width;
+  const void* weights = find(buffers, "weights", dtype, num_features * depth_);
+  const void* bias = find(buffers, "bias", DType::kFloat32, num_features);
+  if (weights == nullptr || buffers.size() != (bias == nullptr ? 1 : 2)) {
+    throw std::invalid_argument("buffers: expected weights and perhaps bias, got " + std::to_string(buffers.size()) +
+                                " buffers, others among them");
+  }
+  if (reinterpret_cast<uintptr_t>(weights) % kVectorAlignment != 0) {
+    throw std::invalid_argument("buffers: expected weights at a multiple of 64 bytes, got another address");
+  }
+  packed_ = std::shared_ptr<const void>(std::move(owner), weights);
+  if (bias != nullptr) bias_.assign(static_cast<const float*>(bias), static_cast<const float*>(bias) + num_features);
+}
+
+std::array<int64_t, 3> PackedLinear::panel_shape() const {
+  const PanelShape panel = kernels(isa_).panel_shape(dtype_);
+  return {panel.width, panel.lanes, panel.depth};
+}
+
+std::vector<PackedBuffer> PackedLinear::buffers() const {
+  const int64_t num_features = num_panels_ * panel_shape()[0];
+  std::vector<PackedBuffer> buffers = {{"weights", dtype_, packed_.get(), num_features * depth_}};
+  if (!bias_.empty()) buffers.push_back({"bias", DType::kFloat32, bias_.data(), num_features});
+  return buffers;
+}
+
 void PackedLinear::unpack_row(int64_t row, float* output) const {
-  kernels(isa_).unpack_row(dtype_, packed_.data(), row, depth_, in_features_, output);
+  kernels(isa_).unpack_row(dtype_, packed_.get(), row, depth_, in_features_, output);
 }
 
 void PackedLinear::multiply(const void* input, int64_t rows, float* output, int num_threads) const {
   LinearArgs args = {};
   args.dtype = dtype_;
-  args.weights = {packed_.data(), depth_, input, depth_};
+  args.weights = {packed_.get(), depth_, input, depth_};
   args.rows = rows;
   args.out_features = out_features_;
   args.bias = bias();

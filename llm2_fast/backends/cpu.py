@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -14,16 +15,17 @@ from llm2_fast.backends.cache_budget import CacheBudget
 from llm2_fast.backends.cached_decoder import CachedDecoder
 from llm2_fast.backends.cpu_plans import CpuPlan, JointCpuPlan, JointLoraCpuPlan, LazyCpuPlan, PlainCpuPlan
 from llm2_fast.errors import ArgumentError, CacheFullError
+from llm2_fast.models.checkpoint import CheckpointSource
 from llm2_fast.models.decoder import FINAL_LAYER
 from llm2_fast.models.loading import LoadedModel
+from llm2_fast.models.packed_file import PackedFile
+from llm2_fast.models.source import ModelSource
 from llm2_fast.models.spec import DecoderSpec, text_decoder
 from llm2_fast.models.weights import LoraUpdate, PackedWeights
 from llm2_fast.results import StepOutput
 from llm2_fast.sequence import Sequence
-from llm2_fast.verifier import FullVerifier, HeadVerifier, LoraVerifier, ScoreHead, Verifier
+from llm2_fast.verifier import FullVerifier, HeadVerifier, LoraVerifier, Verifier
 from llm2_fast.verifier.full import LabelHead
-from llm2_fast.verifier.lora import LoraDecoder
-from llm2_fast.verifier.scorer import Scorer
 
 
 class CpuBackend(Backend):
@@ -36,6 +38,7 @@ class CpuBackend(Backend):
         model: The LLM. Its weights are packed; changes to the model afterwards have no effect.
         verifier: System 2, or None for plain decoding.
         kv_cache_memory_bytes: Bound on keys and values, the verifier's included; half of the machine's memory if None.
+        cache_packed: Keep the packed weights of checkpoints in files, see `PackedFile`.
 
     Raises:
         ArgumentError: The model or the verifier has a part that compiled decoders lack, the extension is missing, or
@@ -44,21 +47,26 @@ class CpuBackend(Backend):
 
     name = "cpu"
 
-    def __init__(self, model: LoadedModel, verifier: Verifier | None, kv_cache_memory_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        verifier: Verifier | None,
+        kv_cache_memory_bytes: int | None = None,
+        *,
+        cache_packed: bool = False,
+    ) -> None:
         if (reason := self.unsupported(model, verifier)) is not None:
             raise ArgumentError("backend", "a backend for this model and verifier", f"'cpu' ({reason})")
         extension = ops.cpu_extension()
+        head = _pack_head(extension, model, verifier)  # first, since it may not fit the model
+        updates = _lora_updates(model, verifier) if isinstance(verifier, LoraVerifier) else {}
         self._budget = CacheBudget(_cached_specs(model, verifier), kv_cache_memory_bytes)
-        weights = PackedWeights(extension, model.model)
-        scorer = None if verifier is None else verifier.scorer(model)
-        updates = _lora_updates(scorer.decoder) if isinstance(verifier, LoraVerifier) else {}
-        num_blocks = self._budget.num_blocks
-        self._llm = CachedDecoder(extension, weights.decoder(updates), weights.spec, num_blocks)
-        self._llm.check(model.model)
-        self._plan = _make_plan(extension, self._llm, verifier, scorer, num_blocks)
-        configs = [model.model.config.get_text_config()]
+        compiler = _Compiler(extension, self._budget.num_blocks, cache_packed)
+        self._llm = compiler.compile(model.source, updates)
+        self._plan = _make_plan(compiler, self._llm, head, verifier)
+        configs = [model.config.get_text_config()]
         if isinstance(verifier, FullVerifier):
-            configs.append(verifier.network.config.get_text_config())
+            configs.append(verifier.source.config.get_text_config())
         self.vocab_size = min(config.vocab_size for config in configs)
         self.max_position_embeddings = min(config.max_position_embeddings for config in configs)
 
@@ -68,9 +76,9 @@ class CpuBackend(Backend):
         if (problem := ops.cpu_extension_problem()) is not None:
             return problem
         try:
-            DecoderSpec.from_model(model.model)
+            DecoderSpec.from_model(model.source.skeleton)
             if isinstance(verifier, FullVerifier):
-                DecoderSpec.from_model(verifier.network)
+                DecoderSpec.from_model(verifier.source.skeleton)
         except ArgumentError as error:
             return str(error)
         return None
@@ -132,34 +140,66 @@ class CpuBackend(Backend):
 
 def _cached_specs(model: LoadedModel, verifier: Verifier | None) -> list[DecoderSpec]:
     """Of the decoders that cache: the LLM, and a verifier other than a head on it."""
-    llm = DecoderSpec.from_model(model.model)
+    llm = DecoderSpec.from_model(model.source.skeleton)
     if verifier is None or isinstance(verifier, HeadVerifier):
         return [llm]
-    return [llm, DecoderSpec.from_model(verifier.network) if isinstance(verifier, FullVerifier) else llm]
+    return [llm, DecoderSpec.from_model(verifier.source.skeleton) if isinstance(verifier, FullVerifier) else llm]
 
 
-def _make_plan(
-    extension: ModuleType, llm: CachedDecoder, verifier: Verifier | None, scorer: Scorer | None, num_blocks: int
-) -> CpuPlan:
-    """The plan for a verifier's kind, with `num_blocks` in a cache of its own if it has one."""
+def _make_plan(compiler: _Compiler, llm: CachedDecoder, head: Any, verifier: Verifier | None) -> CpuPlan:
+    """The plan for a verifier's kind."""
+    extension = compiler.extension
     if verifier is None:
         return PlainCpuPlan(extension, llm)
-    head = _pack_head(extension, scorer.head, scorer.decoder.model.config.get_text_config().hidden_size)
     if isinstance(verifier, HeadVerifier):
         return JointCpuPlan(extension, llm, head)
     if isinstance(verifier, LoraVerifier):
-        adapted = CachedDecoder(extension, llm.decoder, llm.spec, num_blocks, adapted=True)
+        adapted = CachedDecoder(extension, llm.decoder, llm.spec, compiler.num_blocks, adapted=True)
         return JointLoraCpuPlan(extension, llm, adapted, head)
-    weights = PackedWeights(extension, verifier.network)
-    network = CachedDecoder(extension, weights.decoder(), weights.spec, num_blocks)
-    network.check(verifier.network)
+    network = compiler.compile(verifier.source)
     return LazyCpuPlan(extension, llm, network, head)
 
 
-def _lora_updates(decoder: LoraDecoder) -> dict[str, LoraUpdate]:
-    """By module path below the decoder. Modules elsewhere, those that see images, do not see text."""
-    deltas = dict(decoder.adapted)
-    modules = text_decoder(decoder.model).named_modules()
+@dataclass(frozen=True)
+class _Compiler:
+    """Makes compiled decoders.
+
+    Attributes:
+        extension: The module `llm2_fast_C`.
+        num_blocks: Of each decoder's cache.
+        cache_packed: Keep the packed weights of checkpoints in files.
+    """
+
+    extension: ModuleType
+    num_blocks: int
+    cache_packed: bool
+
+    def compile(self, source: ModelSource, updates: dict[str, LoraUpdate] | None = None) -> CachedDecoder:
+        """A decoder that was found to compute what the model does.
+
+        A packed file is written only after the check, and is read only by versions that would check the same.
+        """
+        kept = self.cache_packed and isinstance(source, CheckpointSource)
+        file = PackedFile(self.extension, source) if kept else None
+        if file is not None and (weights := file.read()) is not None:
+            return self._decoder(weights, updates)
+        weights = PackedWeights.pack(self.extension, source)
+        decoder = self._decoder(weights, updates)
+        with source.running() as model:
+            decoder.check(model)
+        if file is not None:
+            file.write(weights)
+        return decoder
+
+    def _decoder(self, weights: PackedWeights, updates: dict[str, LoraUpdate] | None) -> CachedDecoder:
+        return CachedDecoder(self.extension, weights.decoder(updates), weights.spec, self.num_blocks)
+
+
+def _lora_updates(model: LoadedModel, verifier: LoraVerifier) -> dict[str, LoraUpdate]:
+    """By module path below the text decoder. Modules elsewhere, those that see images, do not see text."""
+    base = model.source.skeleton.base_model
+    deltas = {base.get_submodule(path): delta for path, delta in verifier.deltas_for(model).items()}
+    modules = text_decoder(base).named_modules()
     return {
         path: (deltas[module].a, deltas[module].b * deltas[module].scaling)
         for path, module in modules
@@ -167,8 +207,13 @@ def _lora_updates(decoder: LoraDecoder) -> dict[str, LoraUpdate]:
     }
 
 
-def _pack_head(extension: ModuleType, head: ScoreHead | LabelHead, hidden_size: int) -> Any:
-    """`llm2_fast_C.ScoreHead` of a head."""
+def _pack_head(extension: ModuleType, model: LoadedModel, verifier: Verifier | None) -> Any:
+    """`llm2_fast_C.ScoreHead` of a verifier for `model`, None without one."""
+    if verifier is None:
+        return None
+    head = verifier.head_for(model)
+    config = verifier.source.config if isinstance(verifier, FullVerifier) else model.config
+    hidden_size = config.get_text_config().hidden_size
 
     def vector(tensor: torch.Tensor) -> object:
         return to_dlpack(tensor.detach().float().contiguous().flatten())

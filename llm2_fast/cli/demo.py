@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     display = PlainDisplay(sys.stderr, 80) if options.json else make_display(sys.stdout)
     with display.status(f"Loading {smollm2.NAME}; the first time it is converted, which takes about 20 seconds …"):
         verified = _load(model_file, verifier)
-        plain = _load(verified.model.model, None, tokenizer=verified.tokenizer)
+        plain = _load(model_file, None, tokenizer=verified.tokenizer)
         for engine in (plain, verified):  # the first tokens are slower, and are not what the statistics are about
             _ask(engine, _QUESTIONS[0], config.merge(max_new_tokens=1))
     if not options.json:
@@ -140,7 +140,7 @@ def _tokens_and_speed(generations: Iterable[Generation]) -> tuple[int, float]:
 def _show_introduction(display: Display, engine: Engine, config: GenerationConfig) -> None:
     from llm2_fast.cli.trace_view import LEGEND
 
-    model = engine.model.model
+    model = engine.model
     display.line(Segment(f"{smollm2.NAME}, plainly and with System 2", "title"))
     display.paragraph(
         Segment(""),

@@ -7,12 +7,15 @@ import platform
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm2_fast.cli.json_lines import print_json
 from llm2_fast.errors import ArgumentError, CheckpointError, Llm2FastError
 from llm2_fast.models import smollm2
 from llm2_fast.version import __version__
+
+if TYPE_CHECKING:
+    from llm2_fast.models.source import ModelSource
 
 SUMMARY = "show versions, devices and backends, or what a model or verifier on disk is"
 _LIBRARIES = ("torch", "transformers", "triton")
@@ -20,9 +23,7 @@ _LIBRARIES = ("torch", "transformers", "triton")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `info`."""
-    parser.add_argument(
-        "path", metavar="PATH", nargs="?", help="directory of a model or verifier, or a GGUF file; it is loaded"
-    )
+    parser.add_argument("path", metavar="PATH", nargs="?", help="directory of a model or verifier, or a GGUF file")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 
@@ -83,30 +84,30 @@ def describe_checkpoint(path: Path) -> Iterator[tuple[str, Any]]:
             yield "base_model", verifier.base_name
             yield "base_fingerprint", verifier.base_fingerprint
             if isinstance(verifier, FullVerifier):
-                yield from _describe_network(verifier.network)
+                yield from _describe_network(verifier.source)
             yield from _describe_files(path)
             return
     try:
-        model = load_model(path, device="cpu").model
+        model = load_model(path, device="cpu")
     except CheckpointError as error:
         if verifier_problem is None:
             raise
         raise CheckpointError(f"neither a verifier ({verifier_problem}) nor a model ({error})") from error
     yield "kind", "model"
-    yield from _describe_network(model)
+    yield from _describe_network(model.source)
     yield from _describe_files(path)
 
 
-def _describe_network(network: Any) -> Iterator[tuple[str, Any]]:
+def _describe_network(source: ModelSource) -> Iterator[tuple[str, Any]]:
     from llm2_fast.models.fingerprint import fingerprint
 
-    config = network.config.get_text_config()
-    yield "architecture", type(network).__name__
-    yield "fingerprint", fingerprint(network)
-    yield "dtype", str(network.dtype).removeprefix("torch.")
+    config = source.config.get_text_config()
+    yield "architecture", type(source.skeleton).__name__
+    yield "fingerprint", fingerprint(source)
+    yield "dtype", str(source.dtype).removeprefix("torch.")
     for field in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"):
         yield field, getattr(config, field, None)
-    yield "parameters", network.num_parameters()
+    yield "parameters", source.skeleton.num_parameters()
 
 
 def _describe_files(path: Path) -> Iterator[tuple[str, Any]]:

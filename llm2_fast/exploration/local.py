@@ -56,7 +56,7 @@ class LocalExplorer:
 
     def manifest(self) -> Manifest:
         """What the results depend on."""
-        engine, model = self._engine, self._engine.model.model
+        engine, model = self._engine, self._engine.model.source
         return Manifest(
             model=engine.model.name,
             model_fingerprint=fingerprint(model),

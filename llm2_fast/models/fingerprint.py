@@ -7,6 +7,8 @@ import hashlib
 import torch
 from transformers import PreTrainedModel
 
+from llm2_fast.models.source import ModelSource, as_source
+
 _SHAPE_FIELDS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings",
@@ -15,26 +17,30 @@ _SHAPE_FIELDS = (
 _SAMPLE = 64
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel | ModelSource) -> str:
     """Hash of a decoder's shape and of a sample of every parameter, rounded to bfloat16.
 
     The rounding makes it the same for float32, bfloat16 and dequantized copies of one checkpoint. The head of the model
     is left out, so a base model and a causal language model over it agree.
 
     Args:
-        model: Any decoder-only model.
+        model: Any decoder-only model. Of one whose weights are in files only the samples are read.
 
     Returns:
         32 hexadecimal digits.
     """
-    base = model.base_model
+    source = as_source(model)
+    base = source.skeleton.base_model
     config = base.config.get_text_config()
     digest = hashlib.sha256()
     for field in _SHAPE_FIELDS:
         digest.update(f"{field}={_canonical(getattr(config, field, None))};".encode())
     for name, parameter in sorted(base.named_parameters()):
-        rows = parameter.detach().reshape(parameter.shape[0], -1)
-        sample = rows[[0, len(rows) // 2, -1], :_SAMPLE] if parameter.dim() > 1 else rows
+        if parameter.dim() > 1:
+            num_rows = len(parameter)
+            sample = source.rows(parameter, [0, num_rows // 2, num_rows - 1]).flatten(1)[:, :_SAMPLE]
+        else:
+            sample = source.tensor(parameter)
         sample = sample.to(device="cpu", dtype=torch.bfloat16).contiguous()
         digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]

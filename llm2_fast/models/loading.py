@@ -7,25 +7,64 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llm2_fast.errors import ArgumentError, CheckpointError, MissingDependencyError
+from llm2_fast.models.checkpoint import open_checkpoint, read_checkpoint
+from llm2_fast.models.source import ModelSource, as_source
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model, its tokenizer (None if there is none) and where it came from."""
+    """A causal language model, its tokenizer (None if there is none) and where it came from.
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    name: str
+    Args:
+        model: The model, or where its weights are.
+        tokenizer: The tokenizer.
+        name: Path, hub id, or another name.
+
+    Attributes:
+        source: The model's configuration and modules, and its weights, which may still be in files. Once `model` has
+            been asked for, it is that model, since whoever has it may change it.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | ModelSource, tokenizer: PreTrainedTokenizerBase | None, name: str
+    ) -> None:
+        self.source, self.tokenizer, self.name = as_source(model), tokenizer, name
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The whole model. Loaded on first use: compiled decoders do not need it."""
+        self.source = self.source.load()
+        return self.source.skeleton
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration."""
+        return self.source.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, or will be."""
+        return self.source.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.source.dtype
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
@@ -65,6 +104,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
+    The weights of models that the cpu backend supports stay in their files, which must stay in place, until they are
+    asked for.
+
     Args:
         model: A Hugging Face directory or hub id, the path of a GGUF file, or a loaded model, which is used as it is.
         tokenizer: Instead of the one beside the weights.
@@ -96,35 +138,12 @@ def load_model(
     source: str | Path = Path(model) if os.path.exists(model) else str(model)
     if str(source).endswith(".gguf"):
         source = _convert_gguf(Path(source))
-    loaded = read_checkpoint(AutoModelForCausalLM, source, dtype=dtype, allow_pickle=allow_pickle)
+    opened = open_checkpoint(
+        AutoModelForCausalLM, source, device=resolved_device, dtype=dtype, allow_pickle=allow_pickle
+    )
     if tokenizer is None:
         tokenizer = load_tokenizer(source)
-    return LoadedModel(loaded.to(resolved_device).eval(), tokenizer, str(model))
-
-
-def read_checkpoint(
-    auto_class: Any,
-    source: str | Path,
-    *,
-    dtype: torch.dtype | str = "auto",
-    allow_pickle: bool = False,
-    **options: Any,
-) -> PreTrainedModel:
-    """`auto_class.from_pretrained` with every failure turned into a `CheckpointError` that names the checkpoint."""
-    try:
-        model, info = auto_class.from_pretrained(
-            source, dtype=dtype, use_safetensors=None if allow_pickle else True, output_loading_info=True, **options
-        )
-    except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, RuntimeError and more
-        pickled = isinstance(source, Path) and any(source.glob("*.bin"))
-        hint = " (pickled weights are read with allow_pickle=True only)" if pickled and not allow_pickle else ""
-        raise CheckpointError(f"model {str(source)!r}: cannot be loaded{hint}: {error}") from error
-    # transformers fills missing weights with random numbers and only logs it.
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"model {str(source)!r}: expected weights {missing[0]} and {len(missing) - 1} more, missing"
-        )
-    return model
+    return LoadedModel(opened, tokenizer, str(model))
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:

@@ -115,7 +115,8 @@ def _check(model: PreTrainedModel) -> None:
     _require(type(decoder) in _FAMILIES, f"one of {families}", type(decoder).__name__)
     config = decoder.config
     _require(model.dtype in _DTYPES, "dtype float32 or bfloat16", str(model.dtype))
-    _require(model.device.type == "cpu", "a model on the CPU", str(model.device))
+    # "meta": the weights are still in files, from which they are packed on the CPU.
+    _require(model.device.type in ("cpu", "meta"), "a model on the CPU", str(model.device))
     activation = _activation(config)
     _require(activation in _ACTIVATIONS, f"activation {' or '.join(map(repr, _ACTIVATIONS))}", repr(activation))
     _require(config.hidden_size % 2 == 0, "an even hidden_size", str(config.hidden_size))

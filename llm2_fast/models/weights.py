@@ -12,6 +12,7 @@ from torch.utils.dlpack import to_dlpack
 from transformers import PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
+from llm2_fast.models.source import ModelSource, as_source
 from llm2_fast.models.spec import DecoderSpec, text_decoder
 
 LoraUpdate = tuple[torch.Tensor, torch.Tensor]  # A [r, in_features] and B [out_features, r] with the scaling in it
@@ -49,25 +50,46 @@ class PackedWeights:
 
     Args:
         extension: The module `llm2_fast_C`.
-        model: A causal language model, or the decoder under one. Nothing of it is kept but an untied embedding table.
-
-    Raises:
-        ArgumentError: The model has a part that compiled decoders lack.
+        spec: The decoder's.
+        linears: `llm2_fast_C.PackedLinear` by name: `layers.0.qkv`, also `o`, `gate_up` and `down`, and, unless the
+            decoder comes without a head, `lm_head`.
+        tensors: By name: `layers.0.input_norm` and the layer's other norms, as `DecoderLayer` calls them, those that it
+            has, and `final_norm`, all float32; `embedding`, unless it is the weight of `lm_head`.
     """
 
-    def __init__(self, extension: ModuleType, model: PreTrainedModel) -> None:
-        self.spec = DecoderSpec.from_model(model)
+    def __init__(
+        self, extension: ModuleType, spec: DecoderSpec, linears: dict[str, Any], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        self.spec, self.linears, self.tensors = spec, linears, tensors
         self._extension = extension
-        self._dtype = getattr(torch, self.spec.dtype)
-        decoder = text_decoder(model)
-        self._layers = [self._pack_layer(layer) for layer in decoder.layers]
-        self._norms = [_norms(layer) for layer in decoder.layers]
-        self._final_norm = _norm_weight(decoder.norm)
-        lm_head = model.get_output_embeddings()
-        self._lm_head = None if lm_head is None else self._pack([lm_head])
-        embedding = decoder.embed_tokens.weight.detach()
-        tied = lm_head is not None and lm_head.weight.data_ptr() == embedding.data_ptr()
-        self._embedding = None if tied else embedding.to(self._dtype).contiguous()
+
+    @classmethod
+    def pack(cls, extension: ModuleType, model: PreTrainedModel | ModelSource) -> PackedWeights:
+        """Pack a causal language model, or the decoder under one. Keeps nothing of it but an untied embedding table.
+
+        Raises:
+            ArgumentError: The model has a part that compiled decoders lack.
+        """
+        source = as_source(model)
+        spec = DecoderSpec.from_model(source.skeleton)
+        decoder, lm_head = text_decoder(source.skeleton), source.skeleton.get_output_embeddings()
+        weights = cls(extension, spec, {}, {"final_norm": _norm_weight(source, decoder.norm)})
+        modules = {} if lm_head is None else {"lm_head": [lm_head]}
+        for index, layer in enumerate(decoder.layers):
+            for name, norm in _norms(layer).items():
+                weights.tensors[f"layers.{index}.{name}"] = _norm_weight(source, norm)
+            for name, paths in _PATHS.items():
+                modules[f"layers.{index}.{name}"] = [layer.get_submodule(path) for path in paths]
+        if lm_head is None or not _share_weight(lm_head, decoder.embed_tokens):
+            weights.tensors["embedding"] = source.tensor(decoder.embed_tokens.weight).to(weights._dtype).contiguous()
+        # The largest first: then what is packed already and what is being read are never much more than the whole.
+        for name in sorted(modules, key=lambda name: -sum(linear.weight.numel() for linear in modules[name])):
+            weights.linears[name] = weights._pack(source, modules[name], interleaved=name.endswith("gate_up"))
+        return weights
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return getattr(torch, self.spec.dtype)
 
     def decoder(self, updates: dict[str, LoraUpdate] | None = None) -> Any:
         """A compiled decoder, `llm2_fast_C.Decoder`.
@@ -76,26 +98,24 @@ class PackedWeights:
             updates: LoRA updates by module path below the decoder, e.g. "layers.0.self_attn.q_proj".
         """
         layers = []
-        for index, (packed, norms) in enumerate(zip(self._layers, self._norms, strict=True)):
+        for index in range(self.spec.num_layers):
+            prefix = f"layers.{index}."
             linears = {
-                name: self._adapt(weight, [f"layers.{index}.{path}" for path in _PATHS[name]], updates or {})
-                for name, weight in packed.items()
+                name: self._adapt(self.linears[prefix + name], [prefix + path for path in paths], updates or {})
+                for name, paths in _PATHS.items()
             }
-            capsules = {name: None if norm is None else to_dlpack(norm) for name, norm in norms.items()}
+            norms = {name: self._capsule(prefix + name) for name in _NORMS}
             window, table = self.spec.sliding_windows[index], self.spec.layer_rotary_tables[index]
-            layers.append(DecoderLayer(**capsules, **linears, sliding_window=window, rotary_table=table))
-        embedding = None if self._embedding is None else to_dlpack(self._embedding)
-        return self._extension.Decoder(self.spec, layers, to_dlpack(self._final_norm), embedding, self._lm_head)
+            layers.append(DecoderLayer(**norms, **linears, sliding_window=window, rotary_table=table))
+        embedding, lm_head = self._capsule("embedding"), self.linears.get("lm_head")
+        return self._extension.Decoder(self.spec, layers, self._capsule("final_norm"), embedding, lm_head)
 
-    def _pack_layer(self, layer: nn.Module) -> dict[str, Any]:
-        return {
-            name: self._pack([layer.get_submodule(path) for path in paths], interleaved=name == "gate_up")
-            for name, paths in _PATHS.items()
-        }
+    def _capsule(self, name: str) -> object | None:
+        return to_dlpack(self.tensors[name]) if name in self.tensors else None
 
-    def _pack(self, linears: list[nn.Linear], *, interleaved: bool = False) -> Any:
-        weights = [linear.weight.detach() for linear in linears]
-        biases = [None if linear.bias is None else linear.bias.detach() for linear in linears]
+    def _pack(self, source: ModelSource, linears: list[nn.Linear], *, interleaved: bool = False) -> Any:
+        weights = [source.tensor(linear.weight) for linear in linears]
+        biases = [None if linear.bias is None else source.tensor(linear.bias) for linear in linears]
         return self._pack_tensors(weights, biases, interleaved=interleaved)
 
     def _pack_tensors(
@@ -148,7 +168,11 @@ _PATHS = {
 }
 
 
-def _norms(layer: nn.Module) -> dict[str, torch.Tensor | None]:
+_NORMS = ("input_norm", "attention_output_norm", "mlp_input_norm", "mlp_output_norm", "q_norm", "k_norm")
+
+
+def _norms(layer: nn.Module) -> dict[str, nn.Module]:
+    """The norms that the layer has."""
     sandwich = hasattr(layer, "pre_feedforward_layernorm")  # norms before and after attention and MLP
     modules = {
         "input_norm": layer.input_layernorm,
@@ -158,10 +182,17 @@ def _norms(layer: nn.Module) -> dict[str, torch.Tensor | None]:
         "q_norm": getattr(layer.self_attn, "q_norm", None),
         "k_norm": getattr(layer.self_attn, "k_norm", None),
     }
-    return {name: None if module is None else _norm_weight(module) for name, module in modules.items()}
+    return {name: module for name, module in modules.items() if module is not None}
 
 
-def _norm_weight(norm: nn.Module) -> torch.Tensor:
+def _norm_weight(source: ModelSource, norm: nn.Module) -> torch.Tensor:
     """What a norm multiplies by, float32."""
-    weight = norm.weight.detach().float()
+    weight = source.tensor(norm.weight).float()
     return 1.0 + weight if isinstance(norm, Gemma3RMSNorm) else weight
+
+
+def _share_weight(lm_head: nn.Linear, table: nn.Embedding) -> bool:
+    """Whether the embeddings are tied. Weights on the meta device have no address."""
+    if lm_head.weight.is_meta:
+        return lm_head.weight is table.weight
+    return lm_head.weight.data_ptr() == table.weight.data_ptr()

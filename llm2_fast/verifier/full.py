@@ -17,15 +17,10 @@ from transformers import (
 )
 
 from llm2_fast.errors import CheckpointError, IncompatibleVerifierError
+from llm2_fast.models.checkpoint import open_checkpoint, weight_files
 from llm2_fast.models.decoder import FINAL_LAYER, Decoder
-from llm2_fast.models.loading import (
-    LoadedModel,
-    load_tokenizer,
-    read_checkpoint,
-    resolve_device,
-    resolve_dtype,
-    tokenizer_hash,
-)
+from llm2_fast.models.loading import LoadedModel, load_tokenizer, resolve_device, resolve_dtype, tokenizer_hash
+from llm2_fast.models.source import MemorySource, ModelSource
 from llm2_fast.verifier.scorer import Scorer
 from llm2_fast.verifier.verifier import Verifier, read_json
 
@@ -51,7 +46,7 @@ class FullVerifier(Verifier):
     """A decoder with a scalar head. It may be smaller than the LLM but must share its tokenizer.
 
     Args:
-        network: The decoder, without a head.
+        network: The decoder, without a head, or where its weights are.
         weight: [1, hidden_size] of the head.
         bias: [1], or None; only token classifiers have one.
         tokenizer: The one it was trained with, if known.
@@ -61,21 +56,28 @@ class FullVerifier(Verifier):
 
     def __init__(
         self,
-        network: PreTrainedModel,
+        network: PreTrainedModel | ModelSource,
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
-        hidden_size = network.config.get_text_config().hidden_size
+        self.source = network if isinstance(network, ModelSource) else MemorySource(network.base_model)
+        hidden_size = self.source.config.get_text_config().hidden_size
         if tuple(weight.shape) != (1, hidden_size):
             raise CheckpointError(f"verifier head: expected shape (1, {hidden_size}), got {tuple(weight.shape)}")
-        self.network, self.tokenizer = network.base_model, tokenizer
-        self.head = LabelHead(weight, bias).to(network.device)
+        self.tokenizer = tokenizer
+        self.head = LabelHead(weight, bias).to(self.source.device)
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """The whole decoder. Loaded on first use: compiled decoders do not need it."""
+        self.source = self.source.load()  # from now on what counts, since whoever has it may change it
+        return self.source.skeleton
 
     def check_compatible(self, model: LoadedModel) -> None:
-        theirs = model.model.config.get_text_config().vocab_size
-        ours = self.network.config.get_text_config().vocab_size
+        theirs = model.config.get_text_config().vocab_size
+        ours = self.source.config.get_text_config().vocab_size
         if self.tokenizer is not None and model.tokenizer is not None:
             if tokenizer_hash(self.tokenizer) != tokenizer_hash(model.tokenizer):
                 raise IncompatibleVerifierError(
@@ -90,12 +92,16 @@ class FullVerifier(Verifier):
         if not fits:
             raise IncompatibleVerifierError(f"verifier: expected a vocabulary of {theirs} tokens, got {ours}")
 
-    def scorer(self, model: LoadedModel) -> Scorer:
+    def head_for(self, model: LoadedModel) -> LabelHead:
         self.check_compatible(model)
-        return Scorer(Decoder(self.network), self.head)
+        return self.head
+
+    def scorer(self, model: LoadedModel) -> Scorer:
+        head = self.head_for(model)
+        return Scorer(Decoder(self.network), head)
 
     def _load_base(self) -> LoadedModel:
-        return LoadedModel(self.network, self.tokenizer, "the verifier itself")
+        return LoadedModel(self.source, self.tokenizer, "the verifier itself")
 
     @staticmethod
     def _recognises(directory: Path) -> bool:
@@ -106,9 +112,10 @@ class FullVerifier(Verifier):
     def _read(
         cls, directory: Path, *, device: str | torch.device, dtype: str | torch.dtype, allow_pickle: bool
     ) -> FullVerifier:
-        network = read_checkpoint(AutoModel, directory, dtype=resolve_dtype(dtype), allow_pickle=allow_pickle)
+        options = {"device": resolve_device(device), "dtype": resolve_dtype(dtype), "allow_pickle": allow_pickle}
+        network = open_checkpoint(AutoModel, directory, **options)
         weight, bias = _read_head(directory, allow_pickle)
-        return cls(network.to(resolve_device(device)).eval(), weight, bias, load_tokenizer(directory))
+        return cls(network, weight, bias, load_tokenizer(directory))
 
     def _write(self, directory: Path) -> None:
         bias = self.head.bias
@@ -125,18 +132,11 @@ class FullVerifier(Verifier):
             self.tokenizer.save_pretrained(directory)
 
 
-def _shards(directory: Path) -> list[Path]:
-    """The safetensors files that transformers would read; others may lie beside them."""
-    index = directory / "model.safetensors.index.json"
-    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    return [directory / name for name in sorted(names) if (directory / name).is_file()]
-
-
 def _read_head(directory: Path, allow_pickle: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight [1, hidden_size] and bias [1] or None of the head, from whichever shard holds them."""
     names = {f"{head}.{part}" for head in _HEAD_NAMES for part in ("weight", "bias")}
     found: dict[str, torch.Tensor] = {}
-    for shard in _shards(directory):
+    for shard in weight_files(directory):
         try:
             with safe_open(shard, framework="pt") as tensors:
                 found |= {name.split(".")[-1]: tensors.get_tensor(name) for name in names & set(tensors.keys())}

@@ -55,11 +55,14 @@ class HeadVerifier(Verifier):
         super().__init__(base_name=base_name, base_fingerprint=base_fingerprint)
         self.head = head.requires_grad_(False)
 
-    def scorer(self, model: LoadedModel) -> Scorer:
+    def head_for(self, model: LoadedModel) -> ScoreHead:
         self.check_compatible(model)
-        decoder = Decoder(model.model.base_model)
-        decoder.check_layers(self.head.layers)
-        return Scorer(decoder, self.head.to(model.model.device))
+        Decoder(model.source.skeleton.base_model).check_layers(self.head.layers)
+        return self.head.to(model.device)
+
+    def scorer(self, model: LoadedModel) -> Scorer:
+        head = self.head_for(model)
+        return Scorer(Decoder(model.model.base_model), head)
 
     @staticmethod
     def _recognises(directory: Path) -> bool:

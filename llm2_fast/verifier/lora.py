@@ -63,29 +63,16 @@ class LoraDecoder(Decoder):
 
     Args:
         model: The base model under the adapter.
-        deltas: By module path inside `model`.
-
-    Attributes:
-        adapted: The modules with their updates.
-
-    Raises:
-        IncompatibleVerifierError: A module is missing or of another shape.
+        deltas: By path of a module of `model`, whose weight is of the update's shape.
     """
 
     def __init__(self, model: PreTrainedModel, deltas: dict[str, LoraDelta]) -> None:
         super().__init__(model)
-        modules = dict(model.named_modules())
-        self.adapted: list[tuple[nn.Module, LoraDelta]] = []
+        self._adapted: list[tuple[nn.Module, LoraDelta]] = []
         for path, delta in deltas.items():
-            if (module := modules.get(path)) is None:
-                raise IncompatibleVerifierError(f"verifier: expected a module {path!r} to adapt, the model has none")
-            weight, update = module.weight, (delta.b.shape[0], delta.a.shape[1])
-            # GPT-2's Conv1D keeps its weight transposed.
-            shape = tuple(weight.shape) if isinstance(module, nn.Linear) else tuple(weight.shape[::-1])
-            if shape != update:
-                raise IncompatibleVerifierError(f"verifier: {path} expected an update of shape {shape}, got {update}")
-            moved = LoraDelta(delta.a.to(weight.device), delta.b.to(weight.device), delta.scaling)
-            self.adapted.append((module, moved))
+            module = model.get_submodule(path)
+            device = module.weight.device
+            self._adapted.append((module, LoraDelta(delta.a.to(device), delta.b.to(device), delta.scaling)))
 
     def forward(
         self, cache: SlotCache, rows: Sequence[Rows], layers: tuple[int, ...] = (FINAL_LAYER,)
@@ -99,7 +86,7 @@ class LoraDecoder(Decoder):
             return lambda module, args, output: (output + delta(args[0])).to(output.dtype)
 
         with ExitStack() as hooks:
-            for module, delta in self.adapted:
+            for module, delta in self._adapted:
                 hooks.callback(module.register_forward_hook(hook(delta)).remove)
             yield
 
@@ -139,22 +126,43 @@ class LoraVerifier(Verifier):
                 f"llm2_fast: {message} (load it with base_model=... and save it to record them)", stacklevel=2
             )
 
-    def scorer(self, model: LoadedModel) -> Scorer:
+    def head_for(self, model: LoadedModel) -> ScoreHead:
         self.check_compatible(model)
-        base = model.model.base_model
-        prefix = base.base_model_prefix + "."
-        decoder = LoraDecoder(base, {path.removeprefix(prefix): delta for path, delta in self._deltas.items()})
-        hidden_size = base.config.get_text_config().hidden_size
+        hidden_size = model.config.get_text_config().hidden_size
         if self._score.shape != (1, hidden_size):
             actual = tuple(self._score.shape)
             raise IncompatibleVerifierError(f"verifier: score.weight expected shape (1, {hidden_size}), got {actual}")
         head = ScoreHead(hidden_size)
         head.score.weight = nn.Parameter(self._score.float(), requires_grad=False)
-        return Scorer(decoder, head.to(model.model.device))
+        return head.to(model.device)
+
+    def deltas_for(self, model: LoadedModel) -> dict[str, LoraDelta]:
+        """The updates by module path below the decoder of `model`. Loads no model.
+
+        Raises:
+            IncompatibleVerifierError: A module is missing or of another shape.
+        """
+        base = model.source.skeleton.base_model
+        prefix = base.base_model_prefix + "."
+        deltas = {path.removeprefix(prefix): delta for path, delta in self._deltas.items()}
+        modules = dict(base.named_modules())
+        for path, delta in deltas.items():
+            if (module := modules.get(path)) is None:
+                raise IncompatibleVerifierError(f"verifier: expected a module {path!r} to adapt, the model has none")
+            # GPT-2's Conv1D keeps its weight transposed.
+            weight, update = module.weight, (delta.b.shape[0], delta.a.shape[1])
+            shape = tuple(weight.shape) if isinstance(module, nn.Linear) else tuple(weight.shape[::-1])
+            if shape != update:
+                raise IncompatibleVerifierError(f"verifier: {path} expected an update of shape {shape}, got {update}")
+        return deltas
+
+    def scorer(self, model: LoadedModel) -> Scorer:
+        head = self.head_for(model)
+        return Scorer(LoraDecoder(model.model.base_model, self.deltas_for(model)), head)
 
     def bind(self, base: LoadedModel) -> None:
         if self.base_fingerprint is None:  # an adapter from elsewhere: the caller says what it belongs to
-            self.base_name, self.base_fingerprint = base.name, fingerprint(base.model)
+            self.base_name, self.base_fingerprint = base.name, fingerprint(base.source)
         super().bind(base)
 
     @staticmethod

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from llm2_fast.errors import ArgumentError, CheckpointError, IncompatibleVerifierError
 from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.models.loading import LoadedModel, load_model
-from llm2_fast.verifier.scorer import Scorer
+from llm2_fast.verifier.scorer import Head, Scorer
 from llm2_fast.verifier.session import VerifierSession
 
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -93,8 +93,12 @@ class Verifier(ABC):
         self._write(directory)
 
     @abstractmethod
+    def head_for(self, model: LoadedModel) -> Head:
+        """The head that scores for `model`, after `check_compatible`. Loads no model."""
+
+    @abstractmethod
     def scorer(self, model: LoadedModel) -> Scorer:
-        """The decoder and head that score for `model`, after `check_compatible`."""
+        """The decoder and head that score for `model`, after `check_compatible`. Loads the model that it runs."""
 
     def session(self) -> VerifierSession:
         """A session for scoring without an engine. `head` and `lora` run their base model for it.
@@ -115,7 +119,7 @@ class Verifier(ABC):
 
     def check_compatible(self, model: LoadedModel) -> None:
         """Raise `IncompatibleVerifierError` unless this verifier can score tokens of `model`."""
-        if self.base_fingerprint is not None and (actual := fingerprint(model.model)) != self.base_fingerprint:
+        if self.base_fingerprint is not None and (actual := fingerprint(model.source)) != self.base_fingerprint:
             raise IncompatibleVerifierError(
                 f"verifier: expected a model with fingerprint {self.base_fingerprint} ({self.base_name}), "
                 f"for which this {self.kind} verifier was made, got {actual} ({model.name})"

@@ -1,9 +1,11 @@
 // Weights of a linear layer, packed for the kernels of one instruction-set tier.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "llm2_fast/dtype.h"
@@ -34,6 +36,14 @@ struct WeightView {
   const float* bias;
 };
 
+// One of the arrays that a packed layer consists of, by the name under which files keep it.
+struct PackedBuffer {
+  std::string name;
+  DType dtype;
+  const void* data;
+  int64_t size;  // elements
+};
+
 enum class Arrangement {
   kStacked,      // the output features of all weights, one after another
   kInterleaved,  // of two weights of one shape, such that the kernels can combine the i-th features of both
@@ -46,15 +56,25 @@ class PackedLinear {
   PackedLinear(DType dtype, const std::vector<WeightView>& weights, int64_t in_features, Arrangement arrangement,
                Isa isa, int num_threads);
 
+  // Over the buffers of a layer that was packed with the same arguments. `weights` stay where they are, for as long as
+  // this layer has `owner`. Throws std::invalid_argument unless names, dtypes, sizes and alignment are right.
+  PackedLinear(DType dtype, int64_t in_features, int64_t out_features, Arrangement arrangement, Isa isa,
+               const std::vector<PackedBuffer>& buffers, std::shared_ptr<const void> owner);
+
   DType dtype() const { return dtype_; }
   Isa isa() const { return isa_; }
   int64_t in_features() const { return in_features_; }
   int64_t out_features() const { return out_features_; }  // of all weights together
   int64_t depth() const { return depth_; }                // in_features, padded
   int64_t num_panels() const { return num_panels_; }
+  std::array<int64_t, 3> panel_shape() const;  // width, lanes and depth, see csrc/cpu/kernels.h
   Arrangement arrangement() const { return arrangement_; }
-  const void* packed() const { return packed_.data(); }
+  const void* packed() const { return packed_.get(); }
   const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }  // in the order of the panels
+
+  // What the layer consists of besides the numbers above: `weights` and, if there is one, `bias`. They live as long as
+  // the layer.
+  std::vector<PackedBuffer> buffers() const;
 
   // Weights [in_features] of an output feature, as float32. Only of stacked weights.
   void unpack_row(int64_t row, float* output) const;
@@ -68,7 +88,7 @@ class PackedLinear {
   Isa isa_;
   Arrangement arrangement_;
   int64_t in_features_, out_features_, depth_, num_panels_;
-  AlignedBuffer packed_;
+  std::shared_ptr<const void> packed_;  // [num_panels * width * depth]
   std::vector<float> bias_;
 };
 
