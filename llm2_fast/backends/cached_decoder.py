@@ -153,7 +153,9 @@ class CachedDecoder:
         Raises:
             CacheFullError: Too few blocks are free; nothing has changed.
         """
-        self._fit_slots(self._tables.num_slots, -(-length // BLOCK_SIZE))
+        num_blocks = -(-length // BLOCK_SIZE)
+        if num_blocks > self._block_table.shape[1]:
+            self._fit_slots(self._tables.num_slots, num_blocks)
         if self._tables.reserve(slot, length):
             self._write_table(slot)
 
