@@ -391,6 +391,7 @@ def test_supervision_without_pairs(tmp_path):
     for kind in ("head", "full"):
         with pytest.raises(ArgumentError, match="its positive plausible with plausible_only"):
             train(implausible, kind, plausible_only=True, alpha=1.0, output_dir=tmp_path / kind)
+        assert not (tmp_path / kind).exists()  # so that the next try is not taken for a second run
 
 
 def manifest(**changes):

@@ -27,6 +27,7 @@ class Run:
 
     def __init__(self, directory: str | os.PathLike[str], resume: bool) -> None:
         self.directory = Path(directory)
+        self._description: dict[str, Any] = {}
         occupied = self.directory.exists() and not (self.directory.is_dir() and not any(self.directory.iterdir()))
         if occupied and not (resume and self._record.is_file()):
             raise ArgumentError("output_dir", "an empty directory, or one with a run and resume=True", str(directory))
@@ -36,26 +37,28 @@ class Run:
         """Directory of Trainer's checkpoints."""
         return self.directory / "checkpoints"
 
-    def begin(self, description: dict[str, Any], *, write: bool) -> None:
-        """Record how this run is made, or check that the one begun was made in the same way.
+    def describe(self, description: dict[str, Any]) -> None:
+        """Say how this run is made. If one was begun, it has to have been made in the same way.
 
         Args:
             description: By the names that callers know.
-            write: This process is the one that writes.
 
         Raises:
             ArgumentError: It was not; the message names what differs.
         """
-        description = json.loads(json.dumps(description, default=str))
+        self._description = json.loads(json.dumps(description, default=str))
         if not self._record.exists():
-            if write:
-                self._write({"llm2_fast": __version__, "run": description})
             return
         begun = json.loads(self._record.read_text(encoding="utf-8"))["run"]
-        for name in sorted(begun.keys() | description.keys()):
-            if begun.get(name) != description.get(name):
+        for name in sorted(begun.keys() | self._description.keys()):
+            if begun.get(name) != self._description.get(name):
                 expected = f"{begun.get(name)!r}, as when the run in {str(self.directory)!r} began"
-                raise ArgumentError(name, expected, repr(description.get(name)))
+                raise ArgumentError(name, expected, repr(self._description.get(name)))
+
+    def begin(self) -> None:
+        """Record the description, unless the run has begun before. Called when nothing can be refused any more."""
+        if not self._record.exists():
+            self._write({"llm2_fast": __version__, "run": self._description})
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint; None if there is none."""

@@ -121,12 +121,13 @@ def train_verifier(
     is_main = int(os.environ.get("RANK", "0")) == 0
     if run is not None:
         surroundings = {"num_processes": _num_processes(), "trainer_options": dict(trainer_options or {})}
-        run.begin({**task.describe(), **surroundings}, write=is_main)
+        run.describe({**task.describe(), **surroundings})
 
     device = task.base.model.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # torch's, which are seeded here
         trained = train(task)
         if run is not None and is_main:
+            run.begin()
             trained.verifier.save_pretrained(run.directory)
     result = _measure(trained)
     if run is not None and is_main:
