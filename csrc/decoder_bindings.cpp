@@ -43,8 +43,9 @@ std::vector<float> optional_vector(const char* name, py::handle capsule, int64_t
 // --- PackedLinear ----------------------------------------------------------------------------------------------------
 
 PackedPtr make_packed_linear(const std::vector<py::object>& weights, const std::vector<py::object>& biases,
-                             bool interleaved, int num_threads, const OptionalIsa& isa) {
+                             bool interleaved, int num_threads, const OptionalIsa& isa, int64_t group_size) {
   require_at_least("num_threads", num_threads, 1);
+  require_at_least("group_size", group_size, 0);
   if (weights.empty() || weights.size() != biases.size() || (interleaved && weights.size() != 2)) {
     throw argument_error("weights", "one or more, as many as biases, and two to interleave",
                          std::to_string(weights.size()) + " weights, " + std::to_string(biases.size()) + " biases");
@@ -66,11 +67,26 @@ PackedPtr make_packed_linear(const std::vector<py::object>& weights, const std::
   }
   const TensorArgument& first = *tensors.front();
   require_at_least("in_features of weights", first.size(1), 1);
+  if (group_size % 2 != 0 && group_size < first.size(1)) {
+    throw argument_error("group_size", "an even number or at least in_features", std::to_string(group_size));
+  }
   require_at_least("out_features of weights", first.size(0), 1);
   const Isa tier = chosen_isa(isa);
   const Arrangement arrangement = interleaved ? Arrangement::kInterleaved : Arrangement::kStacked;
   const py::gil_scoped_release release;
-  return std::make_shared<PackedLinear>(float_dtype(first), views, first.size(1), arrangement, tier, num_threads);
+  return std::make_shared<PackedLinear>(float_dtype(first), views, first.size(1), arrangement, tier, num_threads,
+                                        group_size);
+}
+
+void require_stacked(const PackedLinear& linear) {
+  if (linear.arrangement() != Arrangement::kStacked) throw argument_error("linear", "stacked weights", "interleaved");
+}
+
+void unpack_row_py(const PackedLinear& linear, int64_t row, py::handle output) {
+  const VectorArgument weights("output", output, "float32", linear.in_features(), Access::kWrite);
+  require_index("row", row, linear.out_features());
+  require_stacked(linear);
+  linear.unpack_row(row, weights.data<float>());
 }
 
 void multiply_py(const PackedLinear& linear, py::handle input, py::handle output, int num_threads) {
@@ -79,7 +95,7 @@ void multiply_py(const PackedLinear& linear, py::handle input, py::handle output
   x.require_shape({x.size(0), linear.in_features()});
   const MatrixArgument y("output", output, "float32", x.size(0), linear.out_features(), Access::kWrite);
   require_at_least("num_threads", num_threads, 1);
-  if (linear.arrangement() != Arrangement::kStacked) throw argument_error("linear", "stacked weights", "interleaved");
+  require_stacked(linear);
   const py::gil_scoped_release release;
   const int64_t element = size_of(linear.dtype());
   const AlignedBuffer padded(x.size(0) * linear.depth() * element);
@@ -493,8 +509,11 @@ void bind_decoder(py::module_& module) {
   py::class_<PackedLinear, PackedPtr>(module, "PackedLinear",
                                       "Linear layers with the same input, packed for one instruction-set tier.")
       .def(py::init(&make_packed_linear), arg("weights"), arg("biases"), arg("interleaved"), arg("num_threads"),
-           arg("isa") = py::none())
+           arg("isa") = py::none(), arg("group_size") = 0)
       .def_property_readonly("isa", [](const PackedLinear& linear) { return isa_name(linear.isa()); })
+      .def_property_readonly("group_size", &PackedLinear::group_size)
+      .def("unpack_row", &unpack_row_py, arg("row"), arg("output"),
+           "output, float32 [in_features], = the weights of an output feature.")
       .def("multiply", &multiply_py, arg("input"), arg("output"), arg("num_threads"),
            "output, float32 [rows, out_features], = input [rows, in_features] times the weights, plus the biases.");
   py::class_<CacheTensors>(module, "PagedCache", "Keys, values, block table and final hidden states of all slots.")

@@ -1,7 +1,9 @@
 #include "llm2_fast/packed_linear.h"
 
+#include <cmath>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 
 #include "kernels.h"
 #include "llm2_fast/thread_pool.h"
@@ -73,7 +75,7 @@ AlignedBuffer::AlignedBuffer(int64_t bytes) {
 }
 
 PackedLinear::PackedLinear(DType dtype, const std::vector<WeightView>& weights, int64_t in_features,
-                           Arrangement arrangement, Isa isa, int num_threads)
+                           Arrangement arrangement, Isa isa, int num_threads, int64_t group_size)
     : dtype_(dtype), isa_(isa), arrangement_(arrangement), in_features_(in_features) {
   const KernelTable& table = kernels(isa);
   const PanelShape panel = table.panel_shape(dtype);
@@ -87,27 +89,37 @@ PackedLinear::PackedLinear(DType dtype, const std::vector<WeightView>& weights, 
   }
   depth_ = round_up(in_features, panel.depth);
   num_panels_ = static_cast<int64_t>(features.size()) / panel.width;
-  packed_ = AlignedBuffer(static_cast<int64_t>(features.size()) * depth_ * element_size);
+  group_size_ = group_size < in_features ? group_size : depth_;
+  packed_ = AlignedBuffer(static_cast<int64_t>(features.size()) * depth_ * (group_size_ > 0 ? 1 : element_size));
+  if (group_size_ > 0) scales_.resize(features.size() * static_cast<size_t>(num_groups(depth_, group_size_)));
 
   std::vector<const void*> rows;
   for (const Feature& feature : features) {
     rows.push_back(feature.weights);
     if (has_bias) bias_.push_back(feature.bias);
   }
-  const PackArgs args = {dtype, rows.data(), in_features, depth_, packed_.data()};
+  float* scales = scales_.empty() ? nullptr : scales_.data();
+  const PackArgs args = {dtype, rows.data(), in_features, depth_, packed_.data(), scales, group_size_};
   run_parallel(num_threads, 1, [&](Worker& worker) {
     worker.each(num_panels_, [&](RowRange panels) { table.pack_panels(args, panels); });
   });
+  for (float scale : scales_) {
+    if (std::isnan(scale)) throw std::invalid_argument("weights: expected finite numbers, got NaN or infinity");
+  }
+}
+
+PackedPanels PackedLinear::panels() const {
+  return {packed_.data(), depth_, scales_.empty() ? nullptr : scales_.data(), group_size_};
 }
 
 void PackedLinear::unpack_row(int64_t row, float* output) const {
-  kernels(isa_).unpack_row(dtype_, packed_.data(), row, depth_, in_features_, output);
+  kernels(isa_).unpack_row(dtype_, panels(), row, in_features_, output);
 }
 
 void PackedLinear::multiply(const void* input, int64_t rows, float* output, int num_threads) const {
   LinearArgs args = {};
   args.dtype = dtype_;
-  args.weights = {packed_.data(), depth_, input, depth_};
+  args.weights = {panels(), input, depth_};
   args.rows = rows;
   args.out_features = out_features_;
   args.bias = bias();

@@ -15,6 +15,7 @@ from llm2_fast.backends.cpu_plans import CpuPlan, JointCpuPlan, JointLoraCpuPlan
 from llm2_fast.errors import ArgumentError
 from llm2_fast.models.decoder import FINAL_LAYER
 from llm2_fast.models.loading import LoadedModel
+from llm2_fast.models.quantization import Quantization
 from llm2_fast.models.spec import DecoderSpec, text_decoder
 from llm2_fast.models.weights import LoraUpdate, PackedWeights
 from llm2_fast.results import StepOutput
@@ -34,6 +35,7 @@ class CpuBackend(Backend):
     Args:
         model: The LLM. Its weights are packed; changes to the model afterwards have no effect.
         verifier: System 2, or None for plain decoding.
+        quantization: Of the linear layers of the LLM and of a `full` verifier's network; None keeps their dtype.
 
     Raises:
         ArgumentError: The model or the verifier has a part that compiled decoders lack, or the extension is missing.
@@ -41,16 +43,16 @@ class CpuBackend(Backend):
 
     name = "cpu"
 
-    def __init__(self, model: LoadedModel, verifier: Verifier | None) -> None:
+    def __init__(self, model: LoadedModel, verifier: Verifier | None, quantization: Quantization | None = None) -> None:
         if (reason := self.unsupported(model, verifier)) is not None:
             raise ArgumentError("backend", "a backend for this model and verifier", f"'cpu' ({reason})")
         extension = ops.cpu_extension()
-        weights = PackedWeights(extension, model.model)
+        weights = PackedWeights(extension, model.model, quantization)
         scorer = None if verifier is None else verifier.scorer(model)
         updates = _lora_updates(scorer.decoder) if isinstance(verifier, LoraVerifier) else {}
         self._llm = CachedDecoder(extension, weights.decoder(updates), weights.spec)
-        self._llm.check(model.model)
-        self._plan = _make_plan(extension, self._llm, verifier, scorer)
+        self._llm.check(model.model, quantization)
+        self._plan = _make_plan(extension, self._llm, verifier, scorer, quantization)
         configs = [model.model.config.get_text_config()]
         if isinstance(verifier, FullVerifier):
             configs.append(verifier.network.config.get_text_config())
@@ -98,7 +100,13 @@ class CpuBackend(Backend):
         return self._llm.prefix(sequence.slot)
 
 
-def _make_plan(extension: ModuleType, llm: CachedDecoder, verifier: Verifier | None, scorer: Scorer | None) -> CpuPlan:
+def _make_plan(
+    extension: ModuleType,
+    llm: CachedDecoder,
+    verifier: Verifier | None,
+    scorer: Scorer | None,
+    quantization: Quantization | None,
+) -> CpuPlan:
     """The plan for a verifier's kind."""
     if verifier is None:
         return PlainCpuPlan(extension, llm)
@@ -108,9 +116,9 @@ def _make_plan(extension: ModuleType, llm: CachedDecoder, verifier: Verifier | N
     if isinstance(verifier, LoraVerifier):
         adapted = CachedDecoder(extension, llm.decoder, llm.spec, adapted=True)
         return JointLoraCpuPlan(extension, llm, adapted, head)
-    weights = PackedWeights(extension, verifier.network)
+    weights = PackedWeights(extension, verifier.network, quantization)
     network = CachedDecoder(extension, weights.decoder(), weights.spec)
-    network.check(verifier.network)
+    network.check(verifier.network, quantization)
     return LazyCpuPlan(extension, llm, network, head)
 
 

@@ -12,6 +12,8 @@ from torch.utils.dlpack import to_dlpack
 from transformers import PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
+from llm2_fast.errors import ArgumentError
+from llm2_fast.models.quantization import Quantization
 from llm2_fast.models.spec import DecoderSpec, text_decoder
 
 LoraUpdate = tuple[torch.Tensor, torch.Tensor]  # A [r, in_features] and B [out_features, r] with the scaling in it
@@ -50,14 +52,17 @@ class PackedWeights:
     Args:
         extension: The module `llm2_fast_C`.
         model: A causal language model, or the decoder under one. Nothing of it is kept but an untied embedding table.
+        quantization: Of the linear layers and so of a tied embedding table; None keeps the model's dtype.
 
     Raises:
-        ArgumentError: The model has a part that compiled decoders lack.
+        ArgumentError: The model has a part that compiled decoders lack, or weights that cannot be quantized.
     """
 
-    def __init__(self, extension: ModuleType, model: PreTrainedModel) -> None:
+    def __init__(self, extension: ModuleType, model: PreTrainedModel, quantization: Quantization | None = None) -> None:
         self.spec = DecoderSpec.from_model(model)
-        self._extension = extension
+        if quantization is not None:
+            _check_finite(model)
+        self._extension, self._quantization = extension, quantization
         self._dtype = getattr(torch, self.spec.dtype)
         decoder = text_decoder(model)
         self._layers = [self._pack_layer(layer) for layer in decoder.layers]
@@ -96,16 +101,23 @@ class PackedWeights:
     def _pack(self, linears: list[nn.Linear], *, interleaved: bool = False) -> Any:
         weights = [linear.weight.detach() for linear in linears]
         biases = [None if linear.bias is None else linear.bias.detach() for linear in linears]
-        return self._pack_tensors(weights, biases, interleaved=interleaved)
+        group_size = 0 if self._quantization is None else self._quantization.group_size or weights[0].shape[1]
+        return self._pack_tensors(weights, biases, interleaved=interleaved, group_size=group_size)
 
     def _pack_tensors(
-        self, weights: list[torch.Tensor], biases: list[torch.Tensor | None], *, interleaved: bool = False
+        self,
+        weights: list[torch.Tensor],
+        biases: list[torch.Tensor | None],
+        *,
+        interleaved: bool = False,
+        group_size: int = 0,
     ) -> Any:
         return self._extension.PackedLinear(
             [to_dlpack(weight.to(self._dtype).contiguous()) for weight in weights],
             [None if bias is None else to_dlpack(bias.float().contiguous()) for bias in biases],
             interleaved,
             torch.get_num_threads(),
+            group_size=group_size,
         )
 
     def _adapt(self, weight: Any, paths: list[str], updates: dict[str, LoraUpdate]) -> AdaptedLinear:
@@ -165,3 +177,10 @@ def _norm_weight(norm: nn.Module) -> torch.Tensor:
     """What a norm multiplies by, float32."""
     weight = norm.weight.detach().float()
     return 1.0 + weight if isinstance(norm, Gemma3RMSNorm) else weight
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    modules = {**dict(text_decoder(model).named_modules()), "lm_head": model.get_output_embeddings()}
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) and not all(bound.isfinite() for bound in module.weight.detach().aminmax()):
+            raise ArgumentError("model", f"finite weights to quantize, {name}.weight too", "NaN or infinity")

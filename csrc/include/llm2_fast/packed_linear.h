@@ -26,6 +26,8 @@ class AlignedBuffer {
   std::unique_ptr<void, Free> data_;
 };
 
+struct PackedPanels;
+
 // Weight [out_features, in_features] of a linear layer, and its bias [out_features] or null. Only read while packing.
 struct WeightView {
   const void* weight;
@@ -42,18 +44,21 @@ enum class Arrangement {
 // One or more linear layers with the same input, as one.
 class PackedLinear {
  public:
-  // Packs `weights` of `dtype`. Throws std::bad_alloc.
+  // Packs `weights` of `dtype`. With a group size they become int8: `group_size` inputs share a float32 scale per
+  // output feature; the last group may be smaller. It must be even or at least in_features. Throws std::bad_alloc, and
+  // std::invalid_argument if a weight that is to be int8 is not finite.
   PackedLinear(DType dtype, const std::vector<WeightView>& weights, int64_t in_features, Arrangement arrangement,
-               Isa isa, int num_threads);
+               Isa isa, int num_threads, int64_t group_size = 0);
 
-  DType dtype() const { return dtype_; }
+  DType dtype() const { return dtype_; }  // of the input, and of weights that are not int8
   Isa isa() const { return isa_; }
   int64_t in_features() const { return in_features_; }
   int64_t out_features() const { return out_features_; }  // of all weights together
   int64_t depth() const { return depth_; }                // in_features, padded
   int64_t num_panels() const { return num_panels_; }
   Arrangement arrangement() const { return arrangement_; }
-  const void* packed() const { return packed_.data(); }
+  int64_t group_size() const { return group_size_; }  // 0: not int8
+  PackedPanels panels() const;
   const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }  // in the order of the panels
 
   // Weights [in_features] of an output feature, as float32. Only of stacked weights.
@@ -67,9 +72,9 @@ class PackedLinear {
   DType dtype_;
   Isa isa_;
   Arrangement arrangement_;
-  int64_t in_features_, out_features_, depth_, num_panels_;
+  int64_t in_features_, out_features_, depth_, num_panels_, group_size_;
   AlignedBuffer packed_;
-  std::vector<float> bias_;
+  std::vector<float> scales_, bias_;
 };
 
 }  // namespace llm2_fast
