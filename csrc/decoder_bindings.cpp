@@ -45,8 +45,9 @@ std::vector<float> optional_vector(const char* name, py::handle capsule, int64_t
 // --- PackedLinear ----------------------------------------------------------------------------------------------------
 
 PackedPtr make_packed_linear(const std::vector<py::object>& weights, const std::vector<py::object>& biases,
-                             bool interleaved, int num_threads, const OptionalIsa& isa) {
+                             bool interleaved, int num_threads, const OptionalIsa& isa, int64_t group_size) {
   require_at_least("num_threads", num_threads, 1);
+  require_at_least("group_size", group_size, 0);
   if (weights.empty() || weights.size() != biases.size() || (interleaved && weights.size() != 2)) {
     throw argument_error("weights", "one or more, as many as biases, and two to interleave",
                          std::to_string(weights.size()) + " weights, " + std::to_string(biases.size()) + " biases");
@@ -68,11 +69,26 @@ PackedPtr make_packed_linear(const std::vector<py::object>& weights, const std::
   }
   const TensorArgument& first = *tensors.front();
   require_at_least("in_features of weights", first.size(1), 1);
+  if (group_size % 2 != 0 && group_size < first.size(1)) {
+    throw argument_error("group_size", "an even number or at least in_features", std::to_string(group_size));
+  }
   require_at_least("out_features of weights", first.size(0), 1);
   const Isa tier = chosen_isa(isa);
   const Arrangement arrangement = interleaved ? Arrangement::kInterleaved : Arrangement::kStacked;
   const py::gil_scoped_release release;
-  return std::make_shared<PackedLinear>(float_dtype(first), views, first.size(1), arrangement, tier, num_threads);
+  return std::make_shared<PackedLinear>(float_dtype(first), views, first.size(1), arrangement, tier, num_threads,
+                                        group_size);
+}
+
+void require_stacked(const PackedLinear& linear) {
+  if (linear.arrangement() != Arrangement::kStacked) throw argument_error("linear", "stacked weights", "interleaved");
+}
+
+void unpack_row_py(const PackedLinear& linear, int64_t row, py::handle output) {
+  const VectorArgument weights("output", output, "float32", linear.in_features(), Access::kWrite);
+  require_index("row", row, linear.out_features());
+  require_stacked(linear);
+  linear.unpack_row(row, weights.data<float>());
 }
 
 // A buffer as a DLPack capsule, which torch reads without a copy. It must not be written to.
@@ -83,11 +99,13 @@ py::capsule export_buffer(const PackedBuffer& buffer, const PackedPtr& owner) {
     PackedPtr owner;
   };
   auto* exported = new Export{{}, buffer.size, owner};
-  const bool is_float = buffer.dtype == DType::kFloat32;
+  const uint8_t code = buffer.dtype == DType::kFloat32    ? kDLFloat
+                       : buffer.dtype == DType::kBFloat16 ? kDLBfloat
+                                                          : kDLInt;
   exported->managed.dl_tensor = {const_cast<void*>(buffer.data),
                                  {kDLCPU, 0},
                                  1,
-                                 {is_float ? kDLFloat : kDLBfloat, static_cast<uint8_t>(is_float ? 32 : 16), 1},
+                                 {code, static_cast<uint8_t>(8 * size_of(buffer.dtype)), 1},
                                  &exported->size,
                                  nullptr,
                                  0};
@@ -116,28 +134,31 @@ py::dict layout_py(const PackedLinear& linear) {
   layout["interleaved"] = linear.arrangement() == Arrangement::kInterleaved;
   layout["isa"] = isa_name(linear.isa());
   layout["panel_shape"] = linear.panel_shape();
+  layout["group_size"] = linear.group_size();
   return layout;
 }
 
 PackedPtr packed_from_buffers(const py::dict& capsules, const std::string& dtype, int64_t in_features,
                               int64_t out_features, bool interleaved, const std::string& isa,
-                              const std::array<int64_t, 3>& panel_shape) {
+                              const std::array<int64_t, 3>& panel_shape, int64_t group_size) {
   if (dtype != "float32" && dtype != "bfloat16") throw argument_error("dtype", "float32 or bfloat16", dtype);
   require_at_least("in_features", in_features, 1);
   require_at_least("out_features", out_features, 1);
   if (interleaved) require_equal("out_features % 2", out_features % 2, 0);
+  require_at_least("group_size", group_size, 0);
   using Tensors = std::vector<std::unique_ptr<TensorArgument>>;
   const auto tensors = std::make_shared<Tensors>();
   std::vector<PackedBuffer> buffers;
   for (const auto& [name, capsule] : capsules) {
-    tensors->emplace_back(new TensorArgument(name.cast<std::string>(), capsule, {"float32", "bfloat16"}, 1));
+    tensors->emplace_back(new TensorArgument(name.cast<std::string>(), capsule, {"float32", "bfloat16", "int8"}, 1));
     const TensorArgument& tensor = *tensors->back();
-    buffers.push_back({tensor.name(), float_dtype(tensor), tensor.data<void>(), tensor.size(0)});
+    const DType element = tensor.dtype() == "int8" ? DType::kInt8 : float_dtype(tensor);
+    buffers.push_back({tensor.name(), element, tensor.data<void>(), tensor.size(0)});
   }
   const Arrangement arrangement = interleaved ? Arrangement::kInterleaved : Arrangement::kStacked;
   const DType type = dtype == "float32" ? DType::kFloat32 : DType::kBFloat16;
   auto linear = std::make_shared<PackedLinear>(type, in_features, out_features, arrangement, parse_isa("isa", isa),
-                                               buffers, tensors);
+                                               group_size, buffers, tensors);
   if (linear->panel_shape() != panel_shape) throw argument_error("panel_shape", "that of this build", "another");
   return linear;
 }
@@ -148,7 +169,7 @@ void multiply_py(const PackedLinear& linear, py::handle input, py::handle output
   x.require_shape({x.size(0), linear.in_features()});
   const MatrixArgument y("output", output, "float32", x.size(0), linear.out_features(), Access::kWrite);
   require_at_least("num_threads", num_threads, 1);
-  if (linear.arrangement() != Arrangement::kStacked) throw argument_error("linear", "stacked weights", "interleaved");
+  require_stacked(linear);
   const py::gil_scoped_release release;
   const int64_t element = size_of(linear.dtype());
   const AlignedBuffer padded(x.size(0) * linear.depth() * element);
@@ -562,14 +583,18 @@ void bind_decoder(py::module_& module) {
   py::class_<PackedLinear, PackedPtr>(module, "PackedLinear",
                                       "Linear layers with the same input, packed for one instruction-set tier.")
       .def(py::init(&make_packed_linear), arg("weights"), arg("biases"), arg("interleaved"), arg("num_threads"),
-           arg("isa") = py::none())
+           arg("isa") = py::none(), arg("group_size") = 0)
       .def_static("from_buffers", &packed_from_buffers, arg("buffers"), arg("dtype"), arg("in_features"),
-                  arg("out_features"), arg("interleaved"), arg("isa"), arg("panel_shape"),
+                  arg("out_features"), arg("interleaved"), arg("isa"), arg("panel_shape"), arg("group_size"),
                   "A layer over the buffers, DLPack capsules by name, and with the layout of a packed one. The weights "
                   "stay where they are.")
-      .def("buffers", &buffers_py, "DLPack capsules by name: weights and, if there is one, bias. Not to be written to.")
+      .def("buffers", &buffers_py,
+           "DLPack capsules by name: weights, scales of int8 ones and, if there is one, bias. Not to be written to.")
       .def_property_readonly("layout", &layout_py, "The arguments of from_buffers besides the buffers.")
       .def_property_readonly("isa", [](const PackedLinear& linear) { return isa_name(linear.isa()); })
+      .def_property_readonly("group_size", &PackedLinear::group_size)
+      .def("unpack_row", &unpack_row_py, arg("row"), arg("output"),
+           "output, float32 [in_features], = the weights of an output feature.")
       .def("multiply", &multiply_py, arg("input"), arg("output"), arg("num_threads"),
            "output, float32 [rows, out_features], = input [rows, in_features] times the weights, plus the biases.");
   py::class_<CacheTensors>(module, "PagedCache", "Keys, values, block table and final hidden states of all slots.")

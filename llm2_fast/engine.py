@@ -20,6 +20,7 @@ from llm2_fast.backends.reference import ReferenceBackend
 from llm2_fast.config import GenerationConfig, check_number, check_option_names
 from llm2_fast.errors import ArgumentError, CacheFullError
 from llm2_fast.models.loading import LoadedModel, load_model
+from llm2_fast.models.quantization import Quantization
 from llm2_fast.prompts import Prompt, as_prompt_list, encode_prompt
 from llm2_fast.request import Request
 from llm2_fast.results import Generation, StreamEvent
@@ -38,6 +39,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     backend: str = "auto",
+    quantization: str | None = None,
     max_batch_size: int = 8,
     max_length: int | None = None,
     kv_cache_memory_bytes: int | None = None,
@@ -55,6 +57,9 @@ def load(
         dtype: "auto" (the checkpoint's; float32 for GGUF) or a floating-point torch dtype or its name.
         backend: "cpu", "reference", or "auto": "cpu" where it supports model and verifier, else "reference"; a log
             message then says why.
+        quantization: Weights of the linear layers, of the LLM and of a `full` verifier, as int8: "int8" with a float32
+            scale per output feature, or "int8-group32", "int8-group64", "int8-group128" with one per so many inputs.
+            Only the cpu backend has it. None keeps the dtype.
         max_batch_size: Sequences decoded together; more wait their turn.
         max_length: Bound on prompt and new tokens together; by default, and at most, the models' context.
         kv_cache_memory_bytes: Bound on the keys and values of all sequences, a verifier's included; half of the memory
@@ -72,6 +77,9 @@ def load(
     """
     if not isinstance(backend, str) or (backend != "auto" and backend not in _BACKENDS):
         raise ArgumentError("backend", f"'auto' or one of {', '.join(map(repr, _BACKENDS))}", repr(backend))
+    int8 = None if quantization is None else Quantization.from_name(quantization)
+    if int8 is not None and backend not in ("auto", CpuBackend.name):
+        raise ArgumentError("quantization", f"None with backend {backend!r}, which has no int8 weights", quantization)
     check_number("max_batch_size", max_batch_size, integer=True, minimum=1)
     if max_length is not None:
         check_number("max_length", max_length, integer=True, minimum=2)
@@ -89,8 +97,8 @@ def load(
         verifier = Verifier.from_pretrained(
             verifier, device=loaded.device, dtype=loaded.dtype, allow_pickle=allow_pickle
         )
-    chosen = _choose_backend(loaded, verifier) if backend == "auto" else _BACKENDS[backend]
-    options = {"cache_packed": cache_packed} if chosen is CpuBackend else {}
+    chosen = _choose_backend(loaded, verifier, quantization) if backend == "auto" else _BACKENDS[backend]
+    options = {"cache_packed": cache_packed, "quantization": int8} if chosen is CpuBackend else {}
     running = chosen(loaded, verifier, kv_cache_memory_bytes, **options)
     return Engine(running, loaded, verifier, max_batch_size=max_batch_size, max_length=max_length)
 
@@ -301,9 +309,11 @@ class Engine:
         self._turns.wait()
 
 
-def _choose_backend(model: LoadedModel, verifier: Verifier | None) -> type[Backend]:
+def _choose_backend(model: LoadedModel, verifier: Verifier | None, quantization: str | None) -> type[Backend]:
     if (reason := CpuBackend.unsupported(model, verifier)) is None:
         return CpuBackend
+    if quantization is not None:
+        raise ArgumentError("quantization", f"None, since the cpu backend cannot run this ({reason})", quantization)
     _log_reference(reason)
     return ReferenceBackend
 

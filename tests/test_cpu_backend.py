@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from llm2_fast.engine import _log_reference
 from llm2_fast.models.decoder import Decoder, Rows
 from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.models.loading import LoadedModel
+from llm2_fast.models.quantization import Quantization
 from llm2_fast.models.weights import PackedWeights
 from llm2_fast.sequence import Sequence
 from llm2_fast.verifier import FullVerifier, HeadVerifier, LoraVerifier, ScoreHead
@@ -40,8 +42,9 @@ OPTIONS = {
 }
 
 
-def generate(backend, model, verifier, prompts=PROMPTS, *, max_batch_size=2, **options):
-    engine = llm2_fast.load(model, verifier, backend=backend, max_batch_size=max_batch_size)
+def generate(backend, model, verifier, prompts=PROMPTS, *, max_batch_size=2, quantization=None, **options):
+    loading = {"backend": backend, "max_batch_size": max_batch_size, "quantization": quantization}
+    engine = llm2_fast.load(model, verifier, **loading)
     assert engine.backend == backend
     return engine.generate(prompts, GenerationConfig(**{"max_new_tokens": 10, "ignore_eos": True, **options}))
 
@@ -259,20 +262,21 @@ def divide_small_models(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("quantization", [None, "int8-group32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [None, *KINDS])
-def test_bits_depend_neither_on_the_batch_nor_on_threads(kind, dtype, divide_small_models):
+def test_bits_depend_neither_on_the_batch_nor_on_threads(kind, dtype, quantization, divide_small_models):
     model, verifier, _ = vars(case("llama", kind)).values()
     if dtype == torch.bfloat16:
         model = tiny.causal_lm("llama").to(dtype)
         if isinstance(verifier, FullVerifier):
             verifier = FullVerifier(tiny.classifier("llama").base_model.to(dtype), verifier.head.weight.data)
-    options = {"temperature": 1.0, "n": 2, "trace": True}
+    options = {"temperature": 1.0, "n": 2, "trace": True, "quantization": quantization}
     expected = everything(generate("cpu", model, verifier, max_batch_size=6, **options))
     for num_threads in (1, 3):
         torch.set_num_threads(num_threads)
         assert everything(generate("cpu", model, verifier, max_batch_size=4, **options)) == expected
-    engine = llm2_fast.load(model, verifier, backend="cpu", max_batch_size=1)
+    engine = llm2_fast.load(model, verifier, backend="cpu", max_batch_size=1, quantization=options.pop("quantization"))
     alone = [
         engine.generate([prompt], GenerationConfig(max_new_tokens=10, ignore_eos=True, **options), request_ids=[i])[0]
         for i, prompt in enumerate(PROMPTS)
@@ -306,18 +310,19 @@ def test_cache_is_bitwise_that_of_a_fresh_prefill(kind, family, dtype):
             assert torch.equal(values, fresh_values)
 
 
+@pytest.mark.parametrize("quantization", [None, "int8-group32"])
 @pytest.mark.parametrize("isa", ops.cpu_extension().cpu_isas() if ops.cpu_extension() else [])
-def test_every_tier_gives_the_references_tokens(isa, monkeypatch):
+def test_every_tier_gives_the_references_tokens(isa, quantization, monkeypatch):
     extension = ops.cpu_extension()
     pack = functools.partial(extension.PackedLinear, isa=isa)
     capped = SimpleNamespace(**{**vars(extension), "PackedLinear": pack})
     monkeypatch.setattr(ops, "cpu_extension", lambda: capped)
     for family, kind in (("qwen3", None), ("qwen3", "head"), ("gemma3", "head")):
         model, verifier, _ = vars(case(family, kind)).values()
-        results = generate("cpu", model, verifier)
-        monkeypatch.undo()
-        assert_same(results, generate("reference", model, verifier))
-        monkeypatch.setattr(ops, "cpu_extension", lambda: capped)
+        if quantization is None:
+            compare_with_reference(model, verifier)
+        else:
+            compare_with_rounded_reference(model, verifier, quantization)
 
 
 def test_all_slots_come_back():
@@ -329,6 +334,88 @@ def test_all_slots_come_back():
         assert decoder.lengths == {}
         assert decoder._tables.num_slots <= 2 + len(PROMPTS) + 1
     assert plan._slots == {}
+
+
+# --- int8 weights --------------------------------------------------------------------------------------------------
+
+
+def compare_with_rounded_reference(model, verifier, quantization, **options):
+    """Against the reference with models whose weights are what int8 keeps of them."""
+    results = generate("cpu", model, verifier, quantization=quantization, **options)
+    rounding = Quantization.from_name(quantization)
+    rounded = tiny.rounded(model, rounding)
+    verifier = copy.copy(verifier)
+    if isinstance(verifier, FullVerifier):
+        verifier = FullVerifier(tiny.rounded(verifier.network, rounding), verifier.head.weight.data)
+    elif verifier is not None:
+        verifier.base_fingerprint = fingerprint(rounded)
+    assert_same(results, generate("reference", rounded, verifier, **options), verifier)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int8-group32"])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_tokens_equal_the_reference_with_rounded_weights(family, kind, quantization):
+    model, verifier, _ = vars(case(family, kind)).values()
+    compare_with_rounded_reference(model, verifier, quantization, trace=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"intermediate_size": 47, "vocab_size": 67}),
+        ("llama", {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6}),
+        ("gemma3", {"tie_word_embeddings": True, "attention_bias": True}),
+    ],
+    ids=str,
+)
+def test_int8_shapes(family, overrides):
+    model = tiny.causal_lm(family, **overrides)
+    compare_with_rounded_reference(model, head_verifier(model), "int8-group32")
+    compare_with_rounded_reference(model, None, "int8")
+
+
+def test_int8_weights_are_others():
+    model = tiny.causal_lm("llama")
+    steps = [
+        generate("cpu", model, None, quantization=name, trace=True)[0].samples[0].logprobs
+        for name in (None, "int8", "int8-group32")
+    ]
+    assert len({tuple(logprobs) for logprobs in steps}) == 3
+
+
+def test_generate_takes_a_quantization():
+    model, options = tiny.causal_lm("llama"), {"max_new_tokens": 10, "ignore_eos": True}
+    (result,) = llm2_fast.generate(model, None, PROMPTS[0], quantization="int8", **options)
+    (expected,) = generate("cpu", model, None, [PROMPTS[0]], quantization="int8")
+    assert result.samples[0].logprobs == expected.samples[0].logprobs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_check_knows_the_quantization(dtype):
+    model, extension = tiny.causal_lm("llama").to(dtype), ops.cpu_extension()
+    weights = PackedWeights(extension, model, Quantization(None))
+    decoder = cached_decoder.CachedDecoder(extension, weights.decoder(), weights.spec)
+    decoder.check(model, Quantization(None))
+    if dtype == torch.float32:  # what bfloat16 rounds after every op is more than int8 loses here
+        for other in (None, Quantization(32)):
+            with pytest.raises(ArgumentError, match="layers that compute what their type says"):
+                decoder.check(model, other)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_int8_needs_finite_weights(bad):
+    model = tiny.causal_lm("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[5, 7] = bad
+    with pytest.raises(ArgumentError, match=r"model: expected finite weights .* layers\.1\.mlp\.up_proj\.weight"):
+        llm2_fast.load(model, quantization="int8")
+    classifier = tiny.classifier("llama")
+    classifier.model.layers[0].self_attn.o_proj.weight.data[0, 0] = bad
+    verifier = FullVerifier(classifier.base_model, classifier.score.weight.data)
+    with pytest.raises(ArgumentError, match=r"model: expected finite weights .* layers\.0\.self_attn\.o_proj\.weight"):
+        llm2_fast.load(tiny.causal_lm("llama"), verifier, quantization="int8")
 
 
 # --- The choice ----------------------------------------------------------------------------------------------------
@@ -374,6 +461,17 @@ def test_what_is_not_supported_is_refused_by_name(model, message):
         llm2_fast.load(model(), backend="cpu")
 
 
+def test_int8_is_refused_by_name_where_the_cpu_backend_does_not_run():
+    with pytest.raises(ArgumentError, match="quantization: expected None with backend 'reference', .* got int8"):
+        llm2_fast.load("no such model", backend="reference", quantization="int8")
+    with pytest.raises(ArgumentError, match="quantization: expected None, since .* GPT2Model.*, got int8"):
+        llm2_fast.load(tiny.causal_lm("gpt2"), quantization="int8")
+    with pytest.raises(ArgumentError, match="backend: expected .* GPT2Model"):
+        llm2_fast.load(tiny.causal_lm("gpt2"), backend="cpu", quantization="int8")
+    with pytest.raises(ArgumentError, match="quantization: expected None or one of 'int8', .* got 'int4'"):
+        llm2_fast.load("no such model", quantization="int4")
+
+
 def test_an_adapted_model_is_refused_by_name():
     model = tiny.causal_lm("llama")
     layer = model.model.layers[1].self_attn
@@ -381,12 +479,13 @@ def test_an_adapted_model_is_refused_by_name():
     assert "layers.1.self_attn.q_proj" in CpuBackend.unsupported(LoadedModel(model, None, "tiny"), None)
 
 
-def test_a_patched_model_is_refused():
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_patched_model_is_refused(quantization):
     model = tiny.causal_lm("llama")
     attention = model.model.layers[1].self_attn
     attention.register_forward_hook(lambda module, args, output: (output[0] * 2, *output[1:]))
     with pytest.raises(ArgumentError, match="model: expected layers that compute what their type says"):
-        llm2_fast.load(model, backend="cpu")
+        llm2_fast.load(model, backend="cpu", quantization=quantization)
 
 
 def test_an_unsupported_verifier_is_refused_by_name():

@@ -7,6 +7,7 @@ import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from llm2_fast import ops
+from llm2_fast.models.quantization import Quantization
 from tolerances import TOLERANCES
 
 extension = ops.cpu_extension()
@@ -16,16 +17,31 @@ ISAS = extension.cpu_isas() if extension else []
 DTYPES = (torch.float32, torch.bfloat16)
 # (out_features, in_features): whole panels, tails of every kind, one of each.
 SHAPES = [(64, 32), (33, 7), (1, 1), (17, 48), (100, 65), (5, 130)]
+PER_CHANNEL = 1 << 40
+GROUP_SIZES = {"plain": 0, "int8": PER_CHANNEL, "int8-group6": 6, "int8-group32": 32}  # 6: none of the shapes' divides
 
 
 def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def pack(weights, biases=None, isa=None, interleaved=False, num_threads=1):
+def pack(weights, biases=None, isa=None, interleaved=False, num_threads=1, group_size=0):
     biases = biases or [None] * len(weights)
     capsules = [None if bias is None else to_dlpack(bias) for bias in biases]
-    return extension.PackedLinear([to_dlpack(w) for w in weights], capsules, interleaved, num_threads, isa)
+    weights = [to_dlpack(w) for w in weights]
+    return extension.PackedLinear(weights, capsules, interleaved, num_threads, isa, group_size)
+
+
+def kept(weight, group_size):
+    """What the packed layer keeps of `weight`, float32."""
+    return weight.float() if group_size == 0 else Quantization(group_size).round_trip(weight.float())
+
+
+def unpack(packed, out_features, in_features):
+    rows = torch.full((out_features, in_features), float("nan"))
+    for index, row in enumerate(rows):
+        packed.unpack_row(index, to_dlpack(row))
+    return rows
 
 
 def multiply(packed, x, out_features, num_threads=1):
@@ -34,39 +50,44 @@ def multiply(packed, x, out_features, num_threads=1):
     return output
 
 
+@pytest.mark.parametrize("group_size", GROUP_SIZES.values(), ids=GROUP_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_torch(shape, isa, dtype):
+def test_equals_torch(shape, isa, dtype, group_size):
     weight, bias = random(*shape, dtype=dtype), random(shape[0], seed=1)
-    packed = pack([weight], [bias], isa)
+    packed = pack([weight], [bias], isa, group_size=group_size)
     assert packed.isa == isa
-    for rows in (1, 2, 5, 12, 13, 29):
+    assert (packed.group_size > 0) == (group_size > 0)
+    assert torch.equal(unpack(packed, *shape), kept(weight, group_size))
+    for rows in (1, 2, 5, 12, 13, 29, 70):
         x = random(rows, shape[1], dtype=dtype, seed=rows)
-        expected = (x.double() @ weight.double().T + bias.double()).float()
+        expected = (x.double() @ kept(weight, group_size).double().T + bias.double()).float()
         torch.testing.assert_close(multiply(packed, x, shape[0]), expected, **TOLERANCES["linear", dtype])
 
 
+@pytest.mark.parametrize("group_size", GROUP_SIZES.values(), ids=GROUP_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-def test_bits_depend_neither_on_rows_nor_on_threads(isa, dtype):
+def test_bits_depend_neither_on_rows_nor_on_threads(isa, dtype, group_size):
     weight, x = random(150, 70, dtype=dtype), random(40, 70, dtype=dtype, seed=1)
-    expected = multiply(pack([weight], isa=isa), x, 150)
+    expected = multiply(pack([weight], isa=isa, group_size=group_size), x, 150)
     for num_threads in (1, 2, 3):
-        packed = pack([weight], isa=isa, num_threads=num_threads)
+        packed = pack([weight], isa=isa, num_threads=num_threads, group_size=group_size)
         for rows in (1, 2, 7, 12, 40):
             for first in range(0, 40 - rows + 1, max(1, rows - 1)):
                 part = multiply(packed, x[first : first + rows], 150, num_threads)
                 assert torch.equal(part, expected[first : first + rows])
 
 
-def test_weights_with_the_same_input_are_stacked():
+@pytest.mark.parametrize("group_size", GROUP_SIZES.values(), ids=GROUP_SIZES)
+def test_weights_with_the_same_input_are_stacked(group_size):
     weights, biases = [random(n, 24, seed=n) for n in (3, 40, 17)], [random(3), None, random(17)]
-    packed = pack(weights, biases)
+    packed = pack(weights, biases, group_size=group_size)
     x = random(4, 24)
     zeros = torch.zeros(40)
     bias = torch.cat([biases[0], zeros, biases[2]])
-    together = multiply(pack([torch.cat(weights)], [bias]), x, 60)
+    together = multiply(pack([torch.cat(weights)], [bias], group_size=group_size), x, 60)
     assert torch.equal(multiply(packed, x, 60), together)
 
 
@@ -81,6 +102,53 @@ def test_nan_and_infinity_stay_in_their_row_and_feature(isa):
     assert dirty[[0, 2], 7].isinf().all()
     others = [feature for feature in range(40) if feature != 7]
     assert torch.equal(dirty[[0, 2]][:, others], clean[[0, 2]][:, others])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("group_size", [PER_CHANNEL, 6])
+def test_nan_and_infinity_stay_in_their_row_with_int8_weights(isa, group_size):
+    packed, x = pack([random(40, 16)], isa=isa, group_size=group_size), random(4, 16)
+    clean = multiply(packed, x, 40)
+    x[1, 3], x[2, 9] = float("nan"), float("inf")
+    dirty = multiply(packed, x, 40)
+    assert dirty[1].isnan().all()
+    assert not dirty[2].isfinite().any()
+    assert torch.equal(dirty[[0, 3]], clean[[0, 3]])
+
+
+SUBNORMAL = 2.0**-149
+ROWS_TO_QUANTIZE = {
+    "zeros": [0.0, -0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    "ties": [127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -126.5],
+    "one group of zeros": [1.0, -2.0, 3.0, 4.0, 0.0, 0.0, 0.0, 0.0],
+    "huge": [3.4e38, -3.4e38, 1.7e38, 1e38, -1e37, 1e30, 1.0, -1.0],
+    "scale below the normal numbers": [190 * SUBNORMAL, -190 * SUBNORMAL, 64 * SUBNORMAL, SUBNORMAL, 0, 0, 0, 0],
+    "no scale is small enough": [50 * SUBNORMAL, -50 * SUBNORMAL, SUBNORMAL, 0, 0, 0, 0, 0],
+    "one large": [1000.0, 1.0, 3.0, 3.9370079, 3.937008, -11.811023, 0.1, 1e-30],
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("group_size", [PER_CHANNEL, 4])
+def test_extreme_weights_are_quantized_as_in_torch(isa, group_size):
+    weight = torch.tensor(list(ROWS_TO_QUANTIZE.values()))
+    values, scales = Quantization(group_size).quantize(weight)
+    assert values.abs().max() == 127
+    packed = pack([weight], isa=isa, group_size=group_size)
+    repeated = scales.repeat_interleave(min(group_size, 8), dim=1)
+    assert torch.equal(unpack(packed, *weight.shape), values * repeated)
+    # Where 127 is in a group the scale is 1, so these are the values themselves.
+    assert unpack(packed, *weight.shape)[1, :4].tolist() == [127.0, 0.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_cannot_become_int8(isa, bad):
+    weight = random(40, 16)
+    weight[37, 11] = bad
+    for group_size in (PER_CHANNEL, 6):
+        with pytest.raises(ValueError, match="weights: expected finite numbers, got NaN or infinity"):
+            pack([weight], isa=isa, group_size=group_size)
 
 
 def test_empty_input_gives_empty_output():
@@ -99,6 +167,8 @@ def test_empty_input_gives_empty_output():
         (([random(0, 3)],), "out_features of weights: expected >= 1, got 0"),
         (([random(4, 3)], None, "sse9"), "isa: expected a tier"),
         (([random(4, 3)], None, None, False, 0), "num_threads: expected >= 1, got 0"),
+        (([random(4, 3)], None, None, False, 1, -2), "group_size: expected >= 0, got -2"),
+        (([random(4, 8)], None, None, False, 1, 7), "group_size: expected an even number or at least in_features"),
     ],
 )
 def test_bad_weights_are_refused_by_name(arguments, message):
@@ -114,6 +184,10 @@ def test_bad_inputs_are_refused_by_name():
         multiply(packed, random(2, 3), 5)
     with pytest.raises(ValueError, match="input: expected float32 on the CPU, got bfloat16"):
         multiply(packed, random(2, 3, dtype=torch.bfloat16), 4)
+    with pytest.raises(ValueError, match=r"row: expected indices in \[0, 4\), got 4"):
+        packed.unpack_row(4, to_dlpack(torch.empty(3)))
+    with pytest.raises(ValueError, match="linear: expected stacked weights"):
+        pack([random(4, 3), random(4, 3)], interleaved=True).unpack_row(0, to_dlpack(torch.empty(3)))
 
 
 # --- Buffers -------------------------------------------------------------------------------------------------------
@@ -137,13 +211,15 @@ def rebuild(buffers, **layout):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", [0, 8, 19])
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_layer_over_the_buffers_of_another_is_the_same(isa, dtype, interleaved):
+def test_a_layer_over_the_buffers_of_another_is_the_same(isa, group_size, dtype, interleaved):
     weights = [random(37, 19, dtype=dtype, seed=seed) for seed in (1, 2)]
     for biases in (None, [random(37, seed=3), None]):
-        packed = pack(weights, biases, isa, interleaved)
+        packed = pack(weights, biases, isa, interleaved, group_size=group_size)
         buffers = {name: aligned(tensor) for name, tensor in buffers_of(packed).items()}
-        assert buffers.keys() == ({"weights"} if biases is None else {"weights", "bias"})
+        expected_names = {"weights", *(["scales"] if group_size else []), *(["bias"] if biases else [])}
+        assert buffers.keys() == expected_names
         layout = packed.layout
         again = rebuild(buffers, **layout)
         assert again.layout == layout

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -16,6 +19,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from llm2_fast.models.quantization import Quantization
 
 VOCAB = 61
 # No pad token: sequence classifiers would read the score before a candidate that happens to be it.
@@ -103,6 +108,15 @@ def plausible(model: PreTrainedModel) -> PreTrainedModel:
     """`model` with a few plausible tokens at most steps: neither one nor half the vocabulary."""
     with torch.no_grad():
         model.lm_head.weight *= _LOGIT_STD / model(torch.arange(3, 35)[None]).logits.std()
+    return model
+
+
+def rounded(model: PreTrainedModel, quantization: Quantization) -> PreTrainedModel:
+    """A copy with what int8 keeps of its linear layers, and so of an embedding table tied to one."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data.copy_(quantization.round_trip(module.weight.data))
     return model
 
 

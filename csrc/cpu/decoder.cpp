@@ -370,10 +370,10 @@ void Decoder::Pass::apply(const AdaptedLinear& linear, Input&& input, int64_t in
     args.output_stride = work_.lora_stride;
     worker.each(linear.lora_a->num_panels(), [&](RowRange panels) {
       const char* rows = static_cast<const char*>(input()) + first * input_stride * element_;
-      args.weights = {linear.lora_a->packed(), linear.lora_a->depth(), rows, input_stride};
+      args.weights = {linear.lora_a->panels(), rows, input_stride};
       table_.linear(args, panels);
     });
-    args.update = {linear.lora_b->packed(), linear.lora_b->depth(), work_.lora.data(), work_.lora_stride};
+    args.update = {linear.lora_b->panels(), work_.lora.data(), work_.lora_stride};
     args.first_updated = first;
   }
   args.rows = rows_.count;
@@ -383,7 +383,7 @@ void Decoder::Pass::apply(const AdaptedLinear& linear, Input&& input, int64_t in
   args.output = output;
   args.output_stride = output_stride;
   worker.each(linear.weight->num_panels(), [&](RowRange panels) {
-    args.weights = {linear.weight->packed(), linear.weight->depth(), input(), input_stride};
+    args.weights = {linear.weight->panels(), input(), input_stride};
     table_.linear(args, panels);
   });
 }
@@ -614,7 +614,7 @@ void Decoder::select(const PagedCache& cache, const int32_t* slots, int64_t coun
       logits};
   LinearArgs linear = {};
   linear.dtype = spec().dtype;
-  linear.weights = {lm_head.packed(), lm_head.depth(), work.last.data(), spec().hidden_size};
+  linear.weights = {lm_head.panels(), work.last.data(), spec().hidden_size};
   linear.rows = count;
   linear.out_features = lm_head.out_features();
   linear.bias = lm_head.bias();

@@ -15,7 +15,8 @@ std::vector<Isa> detect() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     isas.push_back(Isa::kAvx512);
-    if (__builtin_cpu_supports("avx512bf16")) isas.push_back(Isa::kAvx512Bf16);
+    const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    if (bf16) isas.push_back(Isa::kAvx512Bf16);
   }
 #endif
   return isas;

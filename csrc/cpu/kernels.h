@@ -7,25 +7,38 @@
 
 namespace llm2_fast {
 
-// How a tier packs the weights of a linear layer, see linear.h.
+// How a tier packs the weights of a linear layer, see packing.h.
 struct PanelShape {
   int64_t width;  // output features per panel
   int64_t lanes;  // output features per strip
   int64_t depth;  // input features per multiply-add; the packed depth is a multiple of it
 };
 
+// Packed weights: of the dtype, or int8 that are multiplied by scales.
+struct PackedPanels {
+  const void* packed;   // [num_panels * width * depth]
+  int64_t depth;        // in_features, padded
+  const float* scales;  // [num_panels, num_groups, width], or null
+  int64_t group_size;   // input features that share a scale; the last group may be smaller
+};
+
+static inline int64_t num_groups(int64_t depth, int64_t group_size) {
+  return (depth + group_size - 1) / group_size;
+}
+
 struct PackArgs {
-  DType dtype;
+  DType dtype;              // of the rows, and of weights without scales
   const void* const* rows;  // [num_panels * width]: weights of an output feature, [in_features], or null for padding
   int64_t in_features;
   int64_t depth;  // in_features, padded
-  void* packed;   // [num_panels * width * depth]
+  void* packed;   // [num_panels * width * depth], zero
+  float* scales;  // [num_panels, num_groups, width], zero, or null
+  int64_t group_size;
 };
 
 // One product W x.
 struct LinearTerm {
-  const void* packed;
-  int64_t depth;      // padded
+  PackedPanels panels;
   const void* input;  // [rows, depth], zeros in the padding
   int64_t input_stride;
 };
@@ -65,7 +78,7 @@ struct SelectFold {
 
 // The product with the packed weights, plus a low-rank update's for the rows from `first_updated` on.
 struct LinearArgs {
-  DType dtype;  // of weights and inputs
+  DType dtype;  // of the inputs, and of weights without scales
   LinearTerm weights;
   LinearTerm update;  // `packed` is null if there is none
   int64_t first_updated;
@@ -113,9 +126,10 @@ struct KernelTable {
   int64_t (*branch_attention_workspace)(const BranchAttentionArgs& args);
 
   PanelShape (*panel_shape)(DType dtype);
+  // Weights that are to have scales are quantized. The scale of a group with a weight that is not finite is NaN.
   void (*pack_panels)(const PackArgs& args, RowRange panels);
   // Weights [size] of one output feature, as float32.
-  void (*unpack_row)(DType dtype, const void* packed, int64_t row, int64_t depth, int64_t size, float* output);
+  void (*unpack_row)(DType dtype, const PackedPanels& panels, int64_t row, int64_t size, float* output);
   void (*linear)(const LinearArgs& args, RowRange panels);
   // Writes the outputs of a selection whose panels have all been folded.
   void (*finish_selection)(const SelectFold& select, int num_threads, int64_t rows, RowRange range);

@@ -1,108 +1,92 @@
 // Linear layers over packed weights, y = epilogue(W x + B a + bias) with B a the update of some rows.
 //
-// Weights are packed in panels of kStrips * kLanes output features, [depth / kDepth, kStrips, kLanes, kDepth] each: a
-// matrix is one stream of memory. A panel is multiplied with up to kRowsAtOnce rows whose sums stay in registers.
+// A panel of weights, see packing.h, is multiplied with up to kRowsAtOnce rows whose sums stay in registers. int8
+// weights become operands of the multiply-add on their way into the registers, which is exact; a group's sum of q x is
+// then multiplied by its scale. Converting a panel once for many rows would save little: the conversions take ports
+// that the multiply-adds leave free.
 //
-// Every product is one chain of multiply-adds over the depth. So its bits depend neither on the rows it is computed
-// with nor on the thread, and few rows and many give the same.
+// Every product is one chain of multiply-adds over the depth, with scales one per group and one over the groups. So its
+// bits depend neither on the rows it is computed with nor on the thread, and few rows and many give the same.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels.h"
 #include "multiply_add.h"
+#include "packing.h"
 #include "select_fold.h"
 #include "vector_math.h"
 
 namespace llm2_fast {
 namespace LLM2_FAST_TIER {
 
-constexpr int kStrips = 2;
-constexpr int kPanelWidth = kStrips * kLanes;
 constexpr int64_t kPrefetchBytes = 4096;  // ahead of the weights in use
 constexpr int64_t kCacheLine = 64;
 
-static PanelShape panel_shape(DType dtype) {
-  return {kPanelWidth, kLanes, dtype == DType::kFloat32 ? MultiplyAdd<float>::kDepth : MultiplyAdd<BFloat16>::kDepth};
-}
-
-// Where the weight of output feature `row` and input feature k lies among the packed ones.
-template <typename T>
-static inline int64_t packed_index(int64_t row, int64_t k, int64_t depth) {
-  constexpr int64_t kDepth = MultiplyAdd<T>::kDepth;
-  const int64_t panel = row / kPanelWidth, lane = row % kPanelWidth;
-  return panel * kPanelWidth * depth + (k / kDepth * kPanelWidth + lane) * kDepth + k % kDepth;
-}
-
-template <typename T>
-static void pack_panels_of(const PackArgs& args, RowRange panels) {
-  T* packed = static_cast<T*>(args.packed);
-  for (int64_t row = panels.begin * kPanelWidth; row < panels.end * kPanelWidth; ++row) {
-    const T* weights = static_cast<const T*>(args.rows[row]);
-    for (int64_t k = 0; k < args.depth; ++k) {
-      packed[packed_index<T>(row, k, args.depth)] = weights != nullptr && k < args.in_features ? weights[k] : T{};
-    }
-  }
-}
-
-static void pack_panels(const PackArgs& args, RowRange panels) {
-  args.dtype == DType::kFloat32 ? pack_panels_of<float>(args, panels) : pack_panels_of<BFloat16>(args, panels);
-}
-
-template <typename T>
-static void unpack_row_of(const void* packed, int64_t row, int64_t depth, int64_t size, float* output) {
-  for (int64_t k = 0; k < size; ++k)
-    output[k] = to_float(static_cast<const T*>(packed)[packed_index<T>(row, k, depth)]);
-}
-
-static void unpack_row(DType dtype, const void* packed, int64_t row, int64_t depth, int64_t size, float* output) {
-  dtype == DType::kFloat32 ? unpack_row_of<float>(packed, row, depth, size, output)
-                           : unpack_row_of<BFloat16>(packed, row, depth, size, output);
-}
-
-// tile[r][i] = W x for the rows [row, row + kRows) and the output features of a panel.
-template <typename T, int kRows>
+// tile[r][i] = W x for the rows [row, row + kRows) and the output features of a panel. Weights are T, or int8 with
+// scales.
+template <typename T, typename Weight, int kRows>
 static void multiply_panel(const LinearTerm& term, int64_t panel, int64_t row, float* tile) {
   using Step = MultiplyAdd<T>;
   constexpr int64_t kStepSize = int64_t{kPanelWidth} * Step::kDepth;
-  Vec sum[kRows][kStrips];
-  for (int r = 0; r < kRows; ++r) {
-    for (int s = 0; s < kStrips; ++s) sum[r][s] = set1(0.0f);
-  }
-  const T* weights = static_cast<const T*>(term.packed) + panel * kPanelWidth * term.depth;
+  constexpr bool kScaled = sizeof(Weight) == sizeof(int8_t);
+  const int64_t depth = term.panels.depth, group_size = kScaled ? term.panels.group_size : depth;
+  const Weight* weights = static_cast<const Weight*>(term.panels.packed) + panel * kPanelWidth * depth;
+  const float* scales = kScaled ? term.panels.scales + panel * kPanelWidth * num_groups(depth, group_size) : nullptr;
   const T* inputs = static_cast<const T*>(term.input) + row * term.input_stride;
-  for (int64_t k = 0; k < term.depth; k += Step::kDepth, weights += kStepSize) {
-    // Past the end a prefetch does nothing.
-    const char* ahead = reinterpret_cast<const char*>(weights) + kPrefetchBytes;
-    for (int64_t line = 0; line < kStepSize * int64_t{sizeof(T)}; line += kCacheLine) __builtin_prefetch(ahead + line);
-    typename Step::Operand strip[kStrips];
-    for (int s = 0; s < kStrips; ++s) strip[s] = Step::weights(weights + s * kLanes * Step::kDepth);
-    for (int r = 0; r < kRows; ++r) {
-      const typename Step::Operand input = Step::inputs(inputs + r * term.input_stride + k);
-      for (int s = 0; s < kStrips; ++s) sum[r][s] = Step::apply(strip[s], input, sum[r][s]);
-    }
+  if (kScaled) {
+    for (int i = 0; i < kRows * kPanelWidth; ++i) tile[i] = 0.0f;
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int s = 0; s < kStrips; ++s) store(tile + r * kPanelWidth + s * kLanes, sum[r][s]);
+  for (int64_t begin = 0; begin < depth; begin += group_size) {
+    const int64_t end = begin + group_size < depth ? begin + group_size : depth;
+    Vec sum[kRows][kStrips];
+    for (int r = 0; r < kRows; ++r) {
+      for (int s = 0; s < kStrips; ++s) sum[r][s] = set1(0.0f);
+    }
+    for (int64_t k = begin; k < end; k += Step::kDepth, weights += kStepSize) {
+      // Past the end a prefetch does nothing.
+      const char* ahead = reinterpret_cast<const char*>(weights) + kPrefetchBytes;
+      for (int64_t line = 0; line < kStepSize * int64_t{sizeof(Weight)}; line += kCacheLine)
+        __builtin_prefetch(ahead + line);
+      typename Step::Operand strip[kStrips];
+      Step::weights(weights, strip);
+      for (int r = 0; r < kRows; ++r) {
+        const typename Step::Operand input = Step::inputs(inputs + r * term.input_stride + k);
+        for (int s = 0; s < kStrips; ++s) sum[r][s] = Step::apply(strip[s], input, sum[r][s]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int s = 0; s < kStrips; ++s) {
+        float* total = tile + r * kPanelWidth + s * kLanes;
+        store(total, kScaled ? fma(load(scales + s * kLanes), sum[r][s], load(total)) : sum[r][s]);
+      }
+    }
+    if (kScaled) scales += kPanelWidth;
   }
 }
 
-template <typename T, int kRows = kRowsAtOnce>
+template <typename T, typename Weight, int kRows = kRowsAtOnce>
 static void multiply_rows(const LinearTerm& term, int64_t panel, RowRange rows, float* tile) {
   if (rows.end - rows.begin == kRows) {
-    multiply_panel<T, kRows>(term, panel, rows.begin, tile);
+    multiply_panel<T, Weight, kRows>(term, panel, rows.begin, tile);
   } else if constexpr (kRows > 1) {
-    multiply_rows<T, kRows - 1>(term, panel, rows, tile);
+    multiply_rows<T, Weight, kRows - 1>(term, panel, rows, tile);
   }
+}
+
+template <typename T>
+static void multiply(const LinearTerm& term, int64_t panel, RowRange rows, float* tile) {
+  term.panels.scales == nullptr ? multiply_rows<T, T>(term, panel, rows, tile)
+                                : multiply_rows<T, int8_t>(term, panel, rows, tile);
 }
 
 // Adds the update to the tile of those `rows` that have one.
 template <typename T>
 static void add_update(const LinearArgs& args, int64_t panel, RowRange rows, float* tile) {
   const RowRange updated = {rows.begin > args.first_updated ? rows.begin : args.first_updated, rows.end};
-  if (args.update.packed == nullptr || updated.begin >= updated.end) return;
+  if (args.update.panels.packed == nullptr || updated.begin >= updated.end) return;
   float update[kRowsAtOnce * kPanelWidth];
-  multiply_rows<T>(args.update, panel, updated, update);
+  multiply<T>(args.update, panel, updated, update);
   tile += (updated.begin - rows.begin) * kPanelWidth;
   for (int64_t i = 0; i < (updated.end - updated.begin) * kPanelWidth; ++i) tile[i] += update[i];
 }
@@ -169,7 +153,7 @@ static void linear_of(const LinearArgs& args, RowRange panels) {
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (int64_t row = 0; row < args.rows; row += kRowsAtOnce) {
       const RowRange rows = {row, row + kRowsAtOnce < args.rows ? row + kRowsAtOnce : args.rows};
-      multiply_rows<T>(args.weights, panel, rows, tile);
+      multiply<T>(args.weights, panel, rows, tile);
       add_update<T>(args, panel, rows, tile);
       for (int64_t r = rows.begin; r < rows.end; ++r) finish_row<T>(args, panel, r, tile + (r - row) * kPanelWidth);
     }

@@ -1,4 +1,4 @@
-// The inner product step of `linear` for weights of type T, in terms of a tier's Vec.
+// The inner product step of `linear` for inputs of type T and weights of type T or int8, in terms of a tier's Vec.
 #pragma once
 
 #include "llm2_fast/dtype.h"
@@ -6,16 +6,27 @@
 namespace llm2_fast {
 namespace LLM2_FAST_TIER {
 
+constexpr int kStrips = 2;
+constexpr int kPanelWidth = kStrips * kLanes;
+
 // Adds kDepth products of weights and inputs to each lane of a sum.
 template <typename T>
 struct MultiplyAdd {
   static constexpr int kDepth = 1;
   using Operand = Vec;
-  // [kLanes, kDepth] weights.
-  static inline Operand weights(const T* p) { return load(p); }
+  // [kStrips, kLanes, kDepth] weights, T or int8.
+  template <typename Weight>
+  static inline void weights(const Weight* p, Operand* strips) {
+    for (int s = 0; s < kStrips; ++s) strips[s] = load(p + s * kLanes);
+  }
   // [kDepth] inputs, the same for all lanes.
   static inline Operand inputs(const T* p) { return set1(to_float(*p)); }
   static inline Vec apply(Operand weights, Operand inputs, Vec sum) { return fma(weights, inputs, sum); }
+
+  // How int8 weights are stored: where in a step that of an output feature and one of kDepth inputs lies, and as what.
+  static inline int64_t int8_offset(int64_t lane, int64_t k) { return lane * kDepth + k; }
+  static inline int8_t encode(int8_t value) { return value; }
+  static inline int8_t decode(int8_t stored) { return stored; }
 };
 
 }  // namespace LLM2_FAST_TIER

@@ -1,5 +1,6 @@
 #include "llm2_fast/packed_linear.h"
 
+#include <cmath>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -62,7 +63,8 @@ std::vector<Feature> arrange(const std::vector<WeightView>& weights, int64_t ele
 }
 
 std::string describe(DType dtype, int64_t size) {
-  return std::to_string(size) + (dtype == DType::kFloat32 ? " float32" : " bfloat16") + " elements";
+  const char* name = dtype == DType::kFloat32 ? " float32" : dtype == DType::kBFloat16 ? " bfloat16" : " int8";
+  return std::to_string(size) + name + " elements";
 }
 
 // What the buffer `name` points at, null if there is none. Throws std::invalid_argument if it is of another type or
@@ -93,7 +95,7 @@ AlignedBuffer::AlignedBuffer(int64_t bytes) {
 }
 
 PackedLinear::PackedLinear(DType dtype, const std::vector<WeightView>& weights, int64_t in_features,
-                           Arrangement arrangement, Isa isa, int num_threads)
+                           Arrangement arrangement, Isa isa, int num_threads, int64_t group_size)
     : dtype_(dtype), isa_(isa), arrangement_(arrangement), in_features_(in_features) {
   const KernelTable& table = kernels(isa);
   const PanelShape panel = table.panel_shape(dtype);
@@ -107,40 +109,65 @@ PackedLinear::PackedLinear(DType dtype, const std::vector<WeightView>& weights, 
   }
   depth_ = round_up(in_features, panel.depth);
   num_panels_ = static_cast<int64_t>(features.size()) / panel.width;
-  const auto storage = std::make_shared<AlignedBuffer>(static_cast<int64_t>(features.size()) * depth_ * element_size);
+  group_size_ = group_size < in_features ? group_size : depth_;
+  const int64_t weight_size = group_size_ > 0 ? 1 : element_size;
+  const auto storage = std::make_shared<AlignedBuffer>(static_cast<int64_t>(features.size()) * depth_ * weight_size);
   packed_ = std::shared_ptr<const void>(storage, storage->data());
+  if (group_size_ > 0) scales_.resize(features.size() * static_cast<size_t>(num_groups(depth_, group_size_)));
 
   std::vector<const void*> rows;
   for (const Feature& feature : features) {
     rows.push_back(feature.weights);
     if (has_bias) bias_.push_back(feature.bias);
   }
-  const PackArgs args = {dtype, rows.data(), in_features, depth_, storage->data()};
+  float* scales = scales_.empty() ? nullptr : scales_.data();
+  const PackArgs args = {dtype, rows.data(), in_features, depth_, storage->data(), scales, group_size_};
   run_parallel(num_threads, 1, [&](Worker& worker) {
     worker.each(num_panels_, [&](RowRange panels) { table.pack_panels(args, panels); });
   });
+  for (float scale : scales_) {
+    if (std::isnan(scale)) throw std::invalid_argument("weights: expected finite numbers, got NaN or infinity");
+  }
+}
+
+PackedPanels PackedLinear::panels() const {
+  return {packed_.get(), depth_, scales_.empty() ? nullptr : scales_.data(), group_size_};
 }
 
 PackedLinear::PackedLinear(DType dtype, int64_t in_features, int64_t out_features, Arrangement arrangement, Isa isa,
-                           const std::vector<PackedBuffer>& buffers, std::shared_ptr<const void> owner)
-    : dtype_(dtype), isa_(isa), arrangement_(arrangement), in_features_(in_features), out_features_(out_features) {
+                           int64_t group_size, const std::vector<PackedBuffer>& buffers,
+                           std::shared_ptr<const void> owner)
+    : dtype_(dtype),
+      isa_(isa),
+      arrangement_(arrangement),
+      in_features_(in_features),
+      out_features_(out_features),
+      group_size_(group_size) {
   const PanelShape panel = kernels(isa).panel_shape(dtype);
   const bool stacked = arrangement == Arrangement::kStacked;
   const int64_t num_features =
       stacked ? round_up(out_features, panel.width) : 2 * round_up(out_features / 2, panel.lanes);
   depth_ = round_up(in_features, panel.depth);
   num_panels_ = num_features / panel.width;
-  const void* weights = find(buffers, "weights", dtype, num_features * depth_);
+  const bool quantized = group_size > 0;
+  const int64_t num_scales = quantized ? num_features * num_groups(depth_, group_size) : 0;
+  const void* weights = find(buffers, "weights", quantized ? DType::kInt8 : dtype, num_features * depth_);
+  const void* scales = quantized ? find(buffers, "scales", DType::kFloat32, num_scales) : nullptr;
   const void* bias = find(buffers, "bias", DType::kFloat32, num_features);
-  if (weights == nullptr || buffers.size() != (bias == nullptr ? 1 : 2)) {
-    throw std::invalid_argument("buffers: expected weights and perhaps bias, got " + std::to_string(buffers.size()) +
-                                " buffers, others among them");
+  const size_t known = 1 + (quantized ? 1 : 0) + (bias == nullptr ? 0 : 1);
+  if (weights == nullptr || (quantized && scales == nullptr) || buffers.size() != known) {
+    throw std::invalid_argument(std::string("buffers: expected weights") + (quantized ? ", scales" : "") +
+                                " and perhaps bias, got " + std::to_string(buffers.size()) + " buffers");
   }
   if (reinterpret_cast<uintptr_t>(weights) % kVectorAlignment != 0) {
     throw std::invalid_argument("buffers: expected weights at a multiple of 64 bytes, got another address");
   }
   packed_ = std::shared_ptr<const void>(std::move(owner), weights);
-  if (bias != nullptr) bias_.assign(static_cast<const float*>(bias), static_cast<const float*>(bias) + num_features);
+  const auto copy = [](const void* data, int64_t size) {
+    return std::vector<float>(static_cast<const float*>(data), static_cast<const float*>(data) + size);
+  };
+  if (scales != nullptr) scales_ = copy(scales, num_scales);
+  if (bias != nullptr) bias_ = copy(bias, num_features);
 }
 
 std::array<int64_t, 3> PackedLinear::panel_shape() const {
@@ -150,19 +177,23 @@ std::array<int64_t, 3> PackedLinear::panel_shape() const {
 
 std::vector<PackedBuffer> PackedLinear::buffers() const {
   const int64_t num_features = num_panels_ * panel_shape()[0];
-  std::vector<PackedBuffer> buffers = {{"weights", dtype_, packed_.get(), num_features * depth_}};
+  const DType type = group_size_ > 0 ? DType::kInt8 : dtype_;
+  std::vector<PackedBuffer> buffers = {{"weights", type, packed_.get(), num_features * depth_}};
+  if (!scales_.empty()) {
+    buffers.push_back({"scales", DType::kFloat32, scales_.data(), static_cast<int64_t>(scales_.size())});
+  }
   if (!bias_.empty()) buffers.push_back({"bias", DType::kFloat32, bias_.data(), num_features});
   return buffers;
 }
 
 void PackedLinear::unpack_row(int64_t row, float* output) const {
-  kernels(isa_).unpack_row(dtype_, packed_.get(), row, depth_, in_features_, output);
+  kernels(isa_).unpack_row(dtype_, panels(), row, in_features_, output);
 }
 
 void PackedLinear::multiply(const void* input, int64_t rows, float* output, int num_threads) const {
   LinearArgs args = {};
   args.dtype = dtype_;
-  args.weights = {packed_.get(), depth_, input, depth_};
+  args.weights = {panels(), input, depth_};
   args.rows = rows;
   args.out_features = out_features_;
   args.bias = bias();

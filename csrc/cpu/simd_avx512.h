@@ -57,6 +57,9 @@ static inline Vec load(const float* p) {
 static inline Vec load(const BFloat16* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+static inline Vec load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 
 // The first n < kLanes elements at p, and `fill` in the other lanes.
 static inline Vec load_partial(const float* p, int n, float fill) {

@@ -62,6 +62,17 @@ static inline Vec load(const float* p) {
 static inline Vec load(const BFloat16* p) {
   return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
 }
+static inline Vec load(const int8_t* p) {
+  using Words = uint32_t __attribute__((vector_size(16)));
+  using Integers = int32_t __attribute__((vector_size(16)));
+  uint32_t bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+  // Each byte to the top of its lane, from where an arithmetic shift extends its sign.
+  const Words tops = Words{bytes, bytes, bytes, bytes} * Words{1u << 24, 1u << 16, 1u << 8, 1u};
+  Integers integers;
+  std::memcpy(&integers, &tops, sizeof(integers));
+  return __builtin_convertvector(integers >> 24, Vec);
+}
 
 // The first n < kLanes elements at p, and `fill` in the other lanes.
 template <typename T>

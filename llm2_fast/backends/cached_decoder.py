@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from llm2_fast.cache.blocks import BlockTables
 from llm2_fast.errors import ArgumentError
 from llm2_fast.models.decoder import agree, evaluating
+from llm2_fast.models.quantization import Quantization
 from llm2_fast.models.spec import DecoderSpec
 
 BLOCK_SIZE = 32
@@ -98,16 +100,18 @@ class CachedDecoder:
         largest = spec.hidden_size * spec.intermediate_size
         return torch.get_num_threads() if largest >= MIN_SHARED_WEIGHTS else 1
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Compare a few tokens with `model`, whose weights these are.
+    def check(self, model: PreTrainedModel, quantization: Quantization | None = None) -> None:
+        """Compare a few tokens with `model`, whose weights these are or, quantized, were.
 
         A model whose layers were replaced or patched may compute something else than its type says, so it is refused.
+        What int8 loses is no difference: with `quantization` the model computes with the same rounded weights.
 
         Raises:
             ArgumentError: The hidden states differ.
         """
         token_ids = [(7 * i + 1) % self.spec.vocab_size for i in range(_PROBE_LENGTH)]
-        with evaluating(model), torch.no_grad():
+        rounding = nullcontext() if quantization is None else quantization.applied_to(model)
+        with evaluating(model), rounding, torch.no_grad():
             expected = model.base_model(torch.tensor([token_ids]), use_cache=False).last_hidden_state[0, -1].float()
         slot = self.allocate()
         self.extend([slot], [token_ids])

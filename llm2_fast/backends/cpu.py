@@ -19,6 +19,7 @@ from llm2_fast.models.checkpoint import CheckpointSource
 from llm2_fast.models.decoder import FINAL_LAYER
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.models.packed_file import PackedFile
+from llm2_fast.models.quantization import Quantization
 from llm2_fast.models.source import ModelSource
 from llm2_fast.models.spec import DecoderSpec, text_decoder
 from llm2_fast.models.weights import LoraUpdate, PackedWeights
@@ -39,6 +40,7 @@ class CpuBackend(Backend):
         verifier: System 2, or None for plain decoding.
         kv_cache_memory_bytes: Bound on keys and values, the verifier's included; half of the machine's memory if None.
         cache_packed: Keep the packed weights of checkpoints in files, see `PackedFile`.
+        quantization: Of the linear layers of the LLM and of a `full` verifier's network; None keeps their dtype.
 
     Raises:
         ArgumentError: The model or the verifier has a part that compiled decoders lack, the extension is missing, or
@@ -54,6 +56,7 @@ class CpuBackend(Backend):
         kv_cache_memory_bytes: int | None = None,
         *,
         cache_packed: bool = False,
+        quantization: Quantization | None = None,
     ) -> None:
         if (reason := self.unsupported(model, verifier)) is not None:
             raise ArgumentError("backend", "a backend for this model and verifier", f"'cpu' ({reason})")
@@ -61,7 +64,7 @@ class CpuBackend(Backend):
         head = _pack_head(extension, model, verifier)  # first, since it may not fit the model
         updates = _lora_updates(model, verifier) if isinstance(verifier, LoraVerifier) else {}
         self._budget = CacheBudget(_cached_specs(model, verifier), kv_cache_memory_bytes)
-        compiler = _Compiler(extension, self._budget.num_blocks, cache_packed)
+        compiler = _Compiler(extension, self._budget.num_blocks, cache_packed, quantization)
         self._llm = compiler.compile(model.source, updates)
         self._plan = _make_plan(compiler, self._llm, head, verifier)
         configs = [model.config.get_text_config()]
@@ -168,11 +171,13 @@ class _Compiler:
         extension: The module `llm2_fast_C`.
         num_blocks: Of each decoder's cache.
         cache_packed: Keep the packed weights of checkpoints in files.
+        quantization: Of linear layers.
     """
 
     extension: ModuleType
     num_blocks: int
     cache_packed: bool
+    quantization: Quantization | None
 
     def compile(self, source: ModelSource, updates: dict[str, LoraUpdate] | None = None) -> CachedDecoder:
         """A decoder that was found to compute what the model does.
@@ -180,13 +185,13 @@ class _Compiler:
         A packed file is written only after the check, and is read only by versions that would check the same.
         """
         kept = self.cache_packed and isinstance(source, CheckpointSource)
-        file = PackedFile(self.extension, source) if kept else None
+        file = PackedFile(self.extension, source, self.quantization) if kept else None
         if file is not None and (weights := file.read()) is not None:
             return self._decoder(weights, updates)
-        weights = PackedWeights.pack(self.extension, source)
+        weights = PackedWeights.pack(self.extension, source, self.quantization)
         decoder = self._decoder(weights, updates)
         with source.running() as model:
-            decoder.check(model)
+            decoder.check(model, self.quantization)
         if file is not None:
             file.write(weights)
         return decoder

@@ -24,6 +24,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 from llm2_fast.models.checkpoint import CheckpointSource
 from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.models.loading import cache_directory
+from llm2_fast.models.quantization import Quantization
 from llm2_fast.models.spec import DecoderSpec
 from llm2_fast.models.weights import PackedWeights
 from llm2_fast.version import __version__
@@ -32,7 +33,7 @@ _LOGGER = logging.getLogger(__name__)
 _FORMAT_VERSION = 1  # of these files, and of how the extension arranges weights within a panel
 _ALIGNMENT = 64  # bytes, of every tensor in the file
 _PADDING = "padding."  # prefix of tensors that only fill gaps
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8"}
 
 
 class PackedFile:
@@ -47,13 +48,16 @@ class PackedFile:
     Args:
         extension: The module `llm2_fast_C`.
         source: The checkpoint.
+        quantization: Of its linear layers.
 
     Attributes:
-        path: Of the file, in `packed` below the cache directory. It depends on the checkpoint's place, its dtype and
-            the tier, so a checkpoint that changes does not leave files behind.
+        path: Of the file, in `packed` below the cache directory. It depends on the checkpoint's place, its dtype,
+            quantization and the tier, so a checkpoint that changes does not leave files behind.
     """
 
-    def __init__(self, extension: ModuleType, source: CheckpointSource) -> None:
+    def __init__(
+        self, extension: ModuleType, source: CheckpointSource, quantization: Quantization | None = None
+    ) -> None:
         self._extension = extension
         self._spec = DecoderSpec.from_model(source.skeleton)
         architecture, isa = type(source.skeleton).__name__, extension.cpu_isa()
@@ -65,12 +69,15 @@ class PackedFile:
             "isa": isa,
             "architecture": architecture,
             "spec": asdict(self._spec),
+            "quantization": None if quantization is None else asdict(quantization),
             "files": [_identity(path) for path in source.files],
             "fingerprint": fingerprint(source),
         }
         self._key = json.dumps(key, sort_keys=True)
         place = source.files[0].parent.resolve()
-        name = hashlib.sha256("\n".join([str(place), architecture, self._spec.dtype, isa]).encode()).hexdigest()[:16]
+        name = hashlib.sha256(
+            "\n".join([str(place), architecture, self._spec.dtype, isa, str(quantization)]).encode()
+        ).hexdigest()[:16]
         self.path = cache_directory() / "packed" / f"{place.name}-{name}.safetensors"
 
     def read(self) -> PackedWeights | None:

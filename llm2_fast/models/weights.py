@@ -12,6 +12,8 @@ from torch.utils.dlpack import to_dlpack
 from transformers import PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
+from llm2_fast.errors import ArgumentError
+from llm2_fast.models.quantization import Quantization
 from llm2_fast.models.source import ModelSource, as_source
 from llm2_fast.models.spec import DecoderSpec, text_decoder
 
@@ -64,11 +66,18 @@ class PackedWeights:
         self._extension = extension
 
     @classmethod
-    def pack(cls, extension: ModuleType, model: PreTrainedModel | ModelSource) -> PackedWeights:
+    def pack(
+        cls, extension: ModuleType, model: PreTrainedModel | ModelSource, quantization: Quantization | None = None
+    ) -> PackedWeights:
         """Pack a causal language model, or the decoder under one. Keeps nothing of it but an untied embedding table.
 
+        Args:
+            extension: The module `llm2_fast_C`.
+            model: In memory, or in files.
+            quantization: Of the linear layers and so of a tied embedding table; None keeps the model's dtype.
+
         Raises:
-            ArgumentError: The model has a part that compiled decoders lack.
+            ArgumentError: The model has a part that compiled decoders lack, or weights that cannot be quantized.
         """
         source = as_source(model)
         spec = DecoderSpec.from_model(source.skeleton)
@@ -84,7 +93,7 @@ class PackedWeights:
             weights.tensors["embedding"] = source.tensor(decoder.embed_tokens.weight).to(weights._dtype).contiguous()
         # The largest first: then what is packed already and what is being read are never much more than the whole.
         for name in sorted(modules, key=lambda name: -sum(linear.weight.numel() for linear in modules[name])):
-            weights.linears[name] = weights._pack(source, modules[name], interleaved=name.endswith("gate_up"))
+            weights.linears[name] = weights._pack(source, name, modules[name], quantization)
         return weights
 
     @property
@@ -113,19 +122,30 @@ class PackedWeights:
     def _capsule(self, name: str) -> object | None:
         return to_dlpack(self.tensors[name]) if name in self.tensors else None
 
-    def _pack(self, source: ModelSource, linears: list[nn.Linear], *, interleaved: bool = False) -> Any:
+    def _pack(self, source: ModelSource, name: str, linears: list[nn.Linear], quantization: Quantization | None) -> Any:
         weights = [source.tensor(linear.weight) for linear in linears]
         biases = [None if linear.bias is None else source.tensor(linear.bias) for linear in linears]
-        return self._pack_tensors(weights, biases, interleaved=interleaved)
+        group_size = 0
+        if quantization is not None:
+            group_size = quantization.group_size or weights[0].shape[1]
+            if not all(bound.isfinite() for weight in weights for bound in weight.aminmax()):
+                raise ArgumentError("model", f"finite weights to quantize, those of {name} too", "NaN or infinity")
+        return self._pack_tensors(weights, biases, interleaved=name.endswith("gate_up"), group_size=group_size)
 
     def _pack_tensors(
-        self, weights: list[torch.Tensor], biases: list[torch.Tensor | None], *, interleaved: bool = False
+        self,
+        weights: list[torch.Tensor],
+        biases: list[torch.Tensor | None],
+        *,
+        interleaved: bool = False,
+        group_size: int = 0,
     ) -> Any:
         return self._extension.PackedLinear(
             [to_dlpack(weight.to(self._dtype).contiguous()) for weight in weights],
             [None if bias is None else to_dlpack(bias.float().contiguous()) for bias in biases],
             interleaved,
             torch.get_num_threads(),
+            group_size=group_size,
         )
 
     def _adapt(self, weight: Any, paths: list[str], updates: dict[str, LoraUpdate]) -> AdaptedLinear:

@@ -6,7 +6,7 @@
 
 namespace llm2_fast {
 
-enum class DType { kFloat32, kBFloat16 };
+enum class DType { kFloat32, kBFloat16, kInt8 };  // int8 is for quantized weights only
 
 // The upper half of a float32.
 struct BFloat16 {
@@ -15,7 +15,7 @@ struct BFloat16 {
 
 // Bytes of an element.
 constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : 2;
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kBFloat16 ? 2 : 1;
 }
 
 // `static inline` everywhere in the headers that kernels include: each translation unit keeps its own copy, so the

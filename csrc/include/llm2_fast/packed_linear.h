@@ -28,6 +28,8 @@ class AlignedBuffer {
   std::unique_ptr<void, Free> data_;
 };
 
+struct PackedPanels;
+
 // Weight [out_features, in_features] of a linear layer, and its bias [out_features] or null. Only read while packing.
 struct WeightView {
   const void* weight;
@@ -52,16 +54,18 @@ enum class Arrangement {
 // One or more linear layers with the same input, as one.
 class PackedLinear {
  public:
-  // Packs `weights` of `dtype`. Throws std::bad_alloc.
+  // Packs `weights` of `dtype`. With a group size they become int8: `group_size` inputs share a float32 scale per
+  // output feature; the last group may be smaller. It must be even or at least in_features. Throws std::bad_alloc, and
+  // std::invalid_argument if a weight that is to be int8 is not finite.
   PackedLinear(DType dtype, const std::vector<WeightView>& weights, int64_t in_features, Arrangement arrangement,
-               Isa isa, int num_threads);
+               Isa isa, int num_threads, int64_t group_size = 0);
 
   // Over the buffers of a layer that was packed with the same arguments. `weights` stay where they are, for as long as
   // this layer has `owner`. Throws std::invalid_argument unless names, dtypes, sizes and alignment are right.
   PackedLinear(DType dtype, int64_t in_features, int64_t out_features, Arrangement arrangement, Isa isa,
-               const std::vector<PackedBuffer>& buffers, std::shared_ptr<const void> owner);
+               int64_t group_size, const std::vector<PackedBuffer>& buffers, std::shared_ptr<const void> owner);
 
-  DType dtype() const { return dtype_; }
+  DType dtype() const { return dtype_; }  // of the input, and of weights that are not int8
   Isa isa() const { return isa_; }
   int64_t in_features() const { return in_features_; }
   int64_t out_features() const { return out_features_; }  // of all weights together
@@ -69,11 +73,12 @@ class PackedLinear {
   int64_t num_panels() const { return num_panels_; }
   std::array<int64_t, 3> panel_shape() const;  // width, lanes and depth, see csrc/cpu/kernels.h
   Arrangement arrangement() const { return arrangement_; }
-  const void* packed() const { return packed_.get(); }
+  int64_t group_size() const { return group_size_; }  // 0: not int8
+  PackedPanels panels() const;
   const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }  // in the order of the panels
 
-  // What the layer consists of besides the numbers above: `weights` and, if there is one, `bias`. They live as long as
-  // the layer.
+  // What the layer consists of besides the numbers above: `weights`, `scales` of int8 ones and, if there is one,
+  // `bias`. They live as long as the layer.
   std::vector<PackedBuffer> buffers() const;
 
   // Weights [in_features] of an output feature, as float32. Only of stacked weights.
@@ -87,9 +92,9 @@ class PackedLinear {
   DType dtype_;
   Isa isa_;
   Arrangement arrangement_;
-  int64_t in_features_, out_features_, depth_, num_panels_;
+  int64_t in_features_, out_features_, depth_, num_panels_, group_size_;
   std::shared_ptr<const void> packed_;  // [num_panels * width * depth]
-  std::vector<float> bias_;
+  std::vector<float> scales_, bias_;
 };
 
 }  // namespace llm2_fast
