@@ -396,8 +396,8 @@ def test_generate_takes_a_quantization():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_check_knows_the_quantization(dtype):
     model, extension = tiny.causal_lm("llama").to(dtype), ops.cpu_extension()
-    weights = PackedWeights(extension, model, Quantization(None))
-    decoder = cached_decoder.CachedDecoder(extension, weights.decoder(), weights.spec)
+    weights = PackedWeights.pack(extension, model, Quantization(None))
+    decoder = cached_decoder.CachedDecoder(extension, weights.decoder(), weights.spec, num_blocks=1)
     decoder.check(model, Quantization(None))
     if dtype == torch.float32:  # what bfloat16 rounds after every op is more than int8 loses here
         for other in (None, Quantization(32)):

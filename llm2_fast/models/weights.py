@@ -83,16 +83,17 @@ class PackedWeights:
         spec = DecoderSpec.from_model(source.skeleton)
         decoder, lm_head = text_decoder(source.skeleton), source.skeleton.get_output_embeddings()
         weights = cls(extension, spec, {}, {"final_norm": _norm_weight(source, decoder.norm)})
-        modules = {} if lm_head is None else {"lm_head": [lm_head]}
+        modules = {} if lm_head is None else {"lm_head": {"lm_head": lm_head}}
         for index, layer in enumerate(decoder.layers):
             for name, norm in _norms(layer).items():
                 weights.tensors[f"layers.{index}.{name}"] = _norm_weight(source, norm)
             for name, paths in _PATHS.items():
-                modules[f"layers.{index}.{name}"] = [layer.get_submodule(path) for path in paths]
+                linears = {f"layers.{index}.{path}": layer.get_submodule(path) for path in paths}
+                modules[f"layers.{index}.{name}"] = linears
         if lm_head is None or not _share_weight(lm_head, decoder.embed_tokens):
             weights.tensors["embedding"] = source.tensor(decoder.embed_tokens.weight).to(weights._dtype).contiguous()
         # The largest first: then what is packed already and what is being read are never much more than the whole.
-        for name in sorted(modules, key=lambda name: -sum(linear.weight.numel() for linear in modules[name])):
+        for name in sorted(modules, key=lambda name: -sum(linear.weight.numel() for linear in modules[name].values())):
             weights.linears[name] = weights._pack(source, name, modules[name], quantization)
         return weights
 
@@ -122,14 +123,17 @@ class PackedWeights:
     def _capsule(self, name: str) -> object | None:
         return to_dlpack(self.tensors[name]) if name in self.tensors else None
 
-    def _pack(self, source: ModelSource, name: str, linears: list[nn.Linear], quantization: Quantization | None) -> Any:
-        weights = [source.tensor(linear.weight) for linear in linears]
-        biases = [None if linear.bias is None else source.tensor(linear.bias) for linear in linears]
+    def _pack(
+        self, source: ModelSource, name: str, linears: dict[str, nn.Linear], quantization: Quantization | None
+    ) -> Any:
+        weights = [source.tensor(linear.weight) for linear in linears.values()]
+        biases = [None if linear.bias is None else source.tensor(linear.bias) for linear in linears.values()]
         group_size = 0
         if quantization is not None:
             group_size = quantization.group_size or weights[0].shape[1]
-            if not all(bound.isfinite() for weight in weights for bound in weight.aminmax()):
-                raise ArgumentError("model", f"finite weights to quantize, those of {name} too", "NaN or infinity")
+            for path, weight in zip(linears, weights, strict=True):
+                if not all(bound.isfinite() for bound in weight.aminmax()):
+                    raise ArgumentError("model", f"finite weights to quantize, {path}.weight too", "NaN or infinity")
         return self._pack_tensors(weights, biases, interleaved=name.endswith("gate_up"), group_size=group_size)
 
     def _pack_tensors(
