@@ -19,8 +19,11 @@ import oracle
 import tiny
 from llm2_fast import ArgumentError, ExplorationConfig, GenerationConfig, explore
 from llm2_fast.answers import GoldAnswer
+from llm2_fast.backends.cached_decoder import block_bytes
 from llm2_fast.cli import main
+from llm2_fast.errors import CacheFullError
 from llm2_fast.exploration.pairs import Pairs
+from llm2_fast.exploration.rollouts import RolloutPool
 from llm2_fast.exploration.store import ShardStore
 from llm2_fast.exploration.tally import Tally
 from llm2_fast.problems import load_problems
@@ -382,6 +385,43 @@ def test_prefixes_are_computed_once_and_everything_is_given_back(tmp_path, backe
         if built.backend == "cpu"
         else len(backend._cache._free) == len(backend._cache.lengths)
     )
+
+
+@pytest.mark.parametrize("quality", ["answer", "likelihood"])
+@pytest.mark.parametrize("endless", [False, True])
+def test_a_small_cache_changes_nothing(tmp_path, quality, endless, monkeypatch):
+    # Continuations that need more blocks while they run, two in all or three.
+    options = {**FEW, "max_new_tokens": 30, "quality": quality}
+    if quality == "likelihood":
+        options |= {"threshold": -2.0, "n": 2}
+    if endless:
+        options |= {"max_new_tokens": 75, "n": 2, "max_positions": 2}
+    model = tiny.causal_lm("llama") if endless else MODEL
+
+    def results(name, **load_options):
+        built = llm2_fast.load(model, tokenizer=TOKENIZER, backend="cpu", **load_options)
+        report = explore(built, PROBLEMS, tmp_path / name, **options)
+        assert built._backend._llm.lengths == {}
+        counts = (report.problems, report.pairs, report.candidates, report.positions, report.explored_positions)
+        return {example.id: example for example in read_supervision(tmp_path / name).examples}, counts
+
+    called = {"_resume": 0, "_postpone": 0}
+    for name, original in [(name, getattr(RolloutPool, name)) for name in called]:
+
+        def count(self, argument, name=name, original=original):
+            called[name] += 1
+            original(self, argument)
+
+        monkeypatch.setattr(RolloutPool, name, count)
+    expected = results("roomy")
+    assert not any(called.values())
+    for num_blocks in (4 if quality == "answer" else 5, 7, 9, 13):
+        block = block_bytes(engine()._backend._llm.spec)
+        assert results(str(num_blocks), kv_cache_memory_bytes=num_blocks * block) == expected
+    assert called["_resume"]
+    assert called["_postpone"] or not endless or quality == "likelihood"
+    with pytest.raises(CacheFullError):
+        results("too small", kv_cache_memory_bytes=2 * block)
 
 
 def test_everything_is_given_back_after_an_error(tmp_path):

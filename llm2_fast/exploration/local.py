@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -87,7 +88,7 @@ class LocalExplorer:
             limits = (backend.vocab_size, engine.eos_token_ids, engine.max_length)
             explorer = ProblemExplorer(teacher, engine.tokenizer, *limits, config, report)
             pool = RolloutPool(backend, self._max_batch_size, *limits, report)
-            yield from pool.run(explorer.explore(problem) for problem in problems)
+            yield from pool.run(partial(explorer.explore, problem) for problem in problems)
 
     def close(self) -> None:
         """Nothing is left to do."""

@@ -59,7 +59,6 @@ class ProblemExplorer:
     def explore(self, problem: Problem) -> Exploration:
         """Yield branches to be decided, return the example."""
         messages = [{"role": "user", "content": problem.question}]
-        self._report.problems += 1
         try:
             own = self._config.solutions == "model"
             own = own or (self._config.solutions == "auto" and not problem.has_solution)
@@ -67,8 +66,10 @@ class ProblemExplorer:
             messages = [*messages, {"role": "assistant", "content": solution}]
             pairs = yield from self._explore_solution(problem, messages)
         except Skip as skip:
+            self._report.problems += 1
             self._report.skipped[str(skip)] += 1
             return SupervisionExample(messages, [], id=problem.id, skipped=str(skip))
+        self._report.problems += 1
         self._report.pairs += len(pairs.samples)
         return SupervisionExample(messages, **vars(pairs), id=problem.id)
 
@@ -96,12 +97,12 @@ class ProblemExplorer:
         start, seed = len(prompt), f"{self._config.seed}:{problem.id}"
         token_ids = token_ids[: _end_of_solution(token_ids, start, self._eos_token_ids)]
         self._check_length(token_ids)
-        self._report.positions += len(token_ids) - start
         with self._teacher.prefilled(token_ids) as sequence:
             positions = find_positions(self._teacher, sequence, start, self._config)
             positions = draw_positions(positions, self._config.max_positions, seed)
-            self._report.explored_positions += len(positions)
             measured = yield from self._measure(problem, sequence, start, positions)
+        self._report.positions += len(token_ids) - start
+        self._report.explored_positions += len(positions)
         pairs = Pairs()
         for position in positions:
             pairs.add(position.index, position.ground_truth_id, measured[position.index], self._config, seed)
@@ -112,7 +113,6 @@ class ProblemExplorer:
     ) -> Generator[list[Branch], None, dict[int, Measured]]:
         """Qualities of the tokens that compete at each position."""
         tokens = [(position, *token) for position in positions for token in _measured_tokens(position, self._config)]
-        self._report.candidates += len(tokens)
         tallies: list[Tally | None] = [None] * len(tokens)
         if not self._config.bypass:
             judge, sampling = self._judge(problem, sequence.prompt_token_ids[:start]), self._sampling(problem)
@@ -121,6 +121,7 @@ class ProblemExplorer:
             ]
             yield from _decide(branches)
             tallies = [branch.tally for branch in branches]
+        self._report.candidates += len(tokens)
         measured: dict[int, Measured] = {position.index: {} for position in positions}
         for (position, token, logprob), tally in zip(tokens, tallies, strict=True):
             measured[position.index][token] = self._quality(tally, position.plausible, logprob)

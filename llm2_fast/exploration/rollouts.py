@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from itertools import chain
+from typing import Any, Generic, TypeVar
 
 from llm2_fast.backends.backend import Backend
 from llm2_fast.config import GenerationConfig
+from llm2_fast.errors import CacheFullError
 from llm2_fast.exploration.report import ExplorationReport
 from llm2_fast.exploration.tally import Tally
 from llm2_fast.sequence import Sequence
@@ -15,6 +17,8 @@ from llm2_fast.sequence import Sequence
 _REQUEST_IDS = 2**31
 
 Result = TypeVar("Result")
+T = TypeVar("T")
+Task = Generator[list["Branch"], None, Result]
 
 
 @dataclass(eq=False)
@@ -63,7 +67,13 @@ class Branch:
 
 @dataclass(eq=False)
 class _Rollout:
-    """One continuation under way."""
+    """One continuation under way.
+
+    Attributes:
+        branch: What it continues.
+        sequence: Its tokens; it has a slot while it runs.
+        limit: Tokens that it may have.
+    """
 
     branch: Branch
     sequence: Sequence
@@ -71,11 +81,12 @@ class _Rollout:
 
 
 @dataclass(eq=False)
-class _Open:
+class _Open(Generic[Result]):
     """A task under way and the branches it waits for."""
 
-    task: Generator[list[Branch], None, object]
-    branches: list[Branch]
+    start: Callable[[], Task[Result]]
+    task: Task[Result]
+    branches: list[Branch] = field(default_factory=list)
 
     @property
     def ready(self) -> bool:
@@ -87,6 +98,9 @@ class RolloutPool:
 
     A task is a generator: it yields branches, is resumed when all of them are decided, and returns its result. Tasks
     are started in order, when those before leave places free.
+
+    Where the backend's cache is bounded and full, the continuations that were launched last are preempted: they give up
+    their slots and keep their tokens. A task that finds no room begins anew when others have ended.
 
     Args:
         backend: Without a verifier.
@@ -108,18 +122,24 @@ class RolloutPool:
     ) -> None:
         self._backend, self._vocab_size, self._max_batch_size = backend, vocab_size, max_batch_size
         self._max_length, self._eos_token_ids, self._report = max_length, eos_token_ids, report
-        self._open: list[_Open] = []
+        self._waiting: Iterator[Callable[[], Task[Any]]] = iter(())
+        self._open: list[_Open[Any]] = []
         self._live: list[_Rollout] = []
+        self._preempted: list[_Rollout] = []
 
-    def run(self, tasks: Iterator[Generator[list[Branch], None, Result]]) -> Iterator[Result]:
-        """Run the tasks.
+    def run(self, tasks: Iterable[Callable[[], Task[Result]]]) -> Iterator[Result]:
+        """Run the tasks that these functions make.
 
         Yields:
             Their results, as they come.
+
+        Raises:
+            CacheFullError: There is not even room for one continuation.
         """
+        self._waiting = iter(tasks)
         try:
             while True:
-                yield from self._fill(tasks)
+                yield from self._fill()
                 if not self._live:
                     return
                 while not self._step():
@@ -129,18 +149,43 @@ class RolloutPool:
                 self._backend.free(rollout.sequence)
             for entry in self._open:
                 entry.task.close()
-            self._live, self._open = [], []
+            self._open, self._live, self._preempted = [], [], []
 
-    def _fill(self, tasks: Iterator[Generator[list[Branch], None, Result]]) -> Iterator[Result]:
-        """Resume tasks whose branches are decided, launch what the open ones want, open more while places are free."""
+    def _fill(self) -> Iterator[Any]:
+        """Take as many places as there are, as there is work, or as the cache allows, which is at least one."""
+        while True:
+            try:
+                yield from self._take_places()
+                return
+            except CacheFullError:
+                if self._live:
+                    return
+                if len(self._open) == 1:
+                    raise
+                self._postpone(self._open[-1])
+
+    def _take_places(self) -> Iterator[Any]:
+        """Take up what was preempted, resume tasks whose branches are decided, launch what they want, open more."""
+        while self._preempted:
+            if not self._preempted[-1].branch.decided:  # it is after an error beside it
+                self._resume(self._preempted[-1])
+                self._live.append(self._preempted[-1])
+            self._preempted.pop()
         for entry in list(self._open):
-            yield from self._advance(entry)
-        while len(self._live) < self._max_batch_size and (task := next(tasks, None)) is not None:
-            entry = _Open(task, [])
-            self._open.append(entry)
-            yield from self._advance(entry)
+            if entry in self._open:  # it may have been postponed since
+                yield from self._advance(entry)
+        while len(self._live) < self._max_batch_size and (start := next(self._waiting, None)) is not None:
+            self._open.append(_Open(start, start()))
+            yield from self._advance(self._open[-1])
 
-    def _advance(self, entry: _Open) -> Iterator[Result]:
+    def _postpone(self, entry: _Open[Any]) -> None:
+        """Begin a task anew, later."""
+        entry.task.close()
+        self._open.remove(entry)
+        self._preempted = [rollout for rollout in self._preempted if rollout.branch not in entry.branches]
+        self._waiting = chain([entry.start], self._waiting)
+
+    def _advance(self, entry: _Open[Any]) -> Iterator[Any]:
         while True:
             self._launch(entry)
             if not entry.ready:
@@ -151,13 +196,16 @@ class RolloutPool:
                 self._open.remove(entry)
                 yield end.value
                 return
+            except CacheFullError:
+                entry.task, entry.branches = entry.start(), []
+                raise
 
-    def _launch(self, entry: _Open) -> None:
+    def _launch(self, entry: _Open[Any]) -> None:
         for branch in entry.branches:
             limit = self._limit(branch)
             while branch.wanted > 0 and limit == 0:
                 branch.launched += 1
-                branch.finish(branch.launched - 1, [], complete=branch.ended)
+                self._finish(branch, branch.launched - 1, [], complete=branch.ended)
             for _ in range(min(branch.wanted, self._max_batch_size - len(self._live))):
                 self._live.append(self._rollout(branch, limit))
 
@@ -179,24 +227,61 @@ class RolloutPool:
         self._report.shared_tokens += shared
         return _Rollout(branch, sequence, limit)
 
+    def _resume(self, rollout: _Rollout) -> None:
+        """Give a preempted continuation a slot again and compute what it had."""
+        sequence = rollout.sequence
+        self._backend.fork(rollout.branch.parent, sequence, len(rollout.branch.token_ids) - 1)
+        try:
+            self._backend.prefill([sequence])
+        except CacheFullError:
+            self._backend.free(sequence)
+            raise
+        self._report.prefilled_tokens += 1 + len(sequence.token_ids)
+
     def _step(self) -> bool:
         """One token for each. Returns whether a place has become free."""
-        outputs = self._backend.step([rollout.sequence for rollout in self._live])
-        live = []
-        for rollout, output in zip(self._live, outputs, strict=True):
-            branch, sequence = rollout.branch, rollout.sequence
+        first = self._live[0].branch
+        outputs = self._with_room(lambda: self._backend.step([r.sequence for r in self._live]), first, keep=1)
+        ended = []
+        for rollout, output in zip(list(self._live), outputs, strict=True):
+            sequence = rollout.sequence
             if output.error is not None:
-                branch.error = output.error
-                self._backend.free(sequence)
-                continue
-            sequence.token_ids.append(output.token_id)
-            self._report.generated_tokens += 1
-            complete = output.token_id in self._eos_token_ids
-            if complete or len(sequence.token_ids) >= rollout.limit:
-                self._backend.free(sequence)
-                branch.finish(sequence.sample_index, sequence.token_ids, complete)
+                rollout.branch.error = output.error
             else:
-                live.append(rollout)
-        some_ended = len(live) < len(self._live)
-        self._live = live
-        return some_ended
+                sequence.token_ids.append(output.token_id)
+                self._report.generated_tokens += 1
+            complete = output.token_id in self._eos_token_ids
+            if complete or output.error is not None or len(sequence.token_ids) >= rollout.limit:
+                ended.append((rollout, complete))
+        for rollout, _ in ended:
+            self._backend.free(rollout.sequence)
+            self._live.remove(rollout)
+        for rollout, complete in ended:
+            if rollout.branch.error is None:
+                sequence = rollout.sequence
+                self._finish(rollout.branch, sequence.sample_index, sequence.token_ids, complete)
+        return bool(ended)
+
+    def _finish(self, branch: Branch, index: int, generated: list[int], complete: bool) -> None:
+        self._with_room(lambda: branch.finish(index, generated, complete), branch, keep=0)
+
+    def _with_room(self, action: Callable[[], T], branch: Branch, keep: int) -> T:
+        """The result of an action on `branch`. While the cache is too full for it, others give way, the last first.
+
+        First continuations are preempted, except for `keep` of them, then the tasks that do not own the branch.
+        """
+        while True:
+            try:
+                return action()
+            except CacheFullError:
+                others = [entry for entry in self._open if branch not in entry.branches]
+                if len(self._live) > keep:
+                    self._preempt(self._live.pop())
+                elif others:
+                    self._postpone(others[-1])
+                else:
+                    raise
+
+    def _preempt(self, rollout: _Rollout) -> None:
+        self._backend.free(rollout.sequence)
+        self._preempted.append(rollout)

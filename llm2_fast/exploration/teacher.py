@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
-from itertools import islice
 
 import torch
 
 from llm2_fast.backends.backend import Backend
 from llm2_fast.config import GenerationConfig
+from llm2_fast.errors import CacheFullError
 from llm2_fast.exploration.report import ExplorationReport
 from llm2_fast.sequence import Sequence
 
@@ -49,19 +49,33 @@ class Teacher:
 
         Yields:
             Some of the positions, in order, and their logits, float32 [B, vocab_size].
+
+        Raises:
+            CacheFullError: There is no room for one position.
         """
-        remaining = iter(positions)
-        while batch := list(islice(remaining, self._max_batch_size)):
-            children = [Sequence(0, 0, _CONFIG, sequence.prompt_token_ids[:position]) for position in batch]
+        first, size = 0, self._max_batch_size
+        while batch := list(positions[first : first + size]):
             try:
-                for child in children:
-                    self._backend.fork(sequence, child, len(child) - 1)
-                logits = self._backend.logits(children)
-                self._report.prefilled_tokens += len(children)
-            finally:
-                for child in children:
-                    self._backend.free(child)
+                logits = self._logits(sequence, batch)
+            except CacheFullError:
+                if len(batch) == 1:
+                    raise
+                size = len(batch) // 2
+                continue
             yield batch, logits
+            first += len(batch)
+
+    def _logits(self, sequence: Sequence, positions: list[int]) -> torch.Tensor:
+        children = [Sequence(0, 0, _CONFIG, sequence.prompt_token_ids[:position]) for position in positions]
+        try:
+            for child in children:
+                self._backend.fork(sequence, child, len(child) - 1)
+            logits = self._backend.logits(children)
+        finally:
+            for child in children:
+                self._backend.free(child)
+        self._report.prefilled_tokens += len(children)
+        return logits
 
     def mean_logprob(self, token_ids: list[int], start: int) -> float:
         """Mean log-probability of the tokens from `start` on, at least one, each given those before."""
