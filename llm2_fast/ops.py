@@ -189,7 +189,16 @@ def _adjust_and_pick_cpu(*inputs: torch.Tensor | None, isa: str | None = None) -
     return outputs
 
 
+def _adjust_and_pick_cuda(*inputs: torch.Tensor | None) -> Picked:
+    with _triton_needed():
+        from llm2_fast.kernels.adjust_and_pick import adjust_and_pick
+    outputs = _empty_picked(*inputs)
+    adjust_and_pick(*inputs, outputs)
+    return outputs
+
+
 _LIBRARY.impl("adjust_and_pick", _adjust_and_pick_cpu, "CPU")
+_LIBRARY.impl("adjust_and_pick", _adjust_and_pick_cuda, "CUDA")
 
 
 def adjust_and_pick(
