@@ -291,7 +291,21 @@ def _branch_attention_cpu(*inputs: torch.Tensor | float, isa: str | None = None)
     return output
 
 
+def _branch_attention_cuda(*inputs: torch.Tensor | float) -> torch.Tensor:
+    with _triton_needed():
+        from llm2_fast.kernels.branch_attention import Workspace, branch_attention, tile_rows
+        from llm2_fast.kernels.row_tiles import plan_row_tiles
+    query, key_cache, row_sequence = inputs[0], inputs[1], inputs[4]
+    rows, num_heads, head_dim = query.shape
+    output = _empty_attention(*inputs)
+    first_row = row_sequence.new_empty(max(1, rows) + 1)
+    plan_row_tiles(row_sequence, tile_rows(num_heads, key_cache.shape[1], head_dim, query.dtype), first_row)
+    branch_attention(*inputs, output, first_row, Workspace.empty(rows, num_heads, head_dim, query.device))
+    return output
+
+
 _LIBRARY.impl("branch_attention", _branch_attention_cpu, "CPU")
+_LIBRARY.impl("branch_attention", _branch_attention_cuda, "CUDA")
 
 
 def branch_attention(
