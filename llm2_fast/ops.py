@@ -55,7 +55,7 @@ def _warn_of_reference() -> None:
 
 
 @contextlib.contextmanager
-def _triton_needed() -> Iterator[None]:
+def triton_needed() -> Iterator[None]:
     """Around imports from `llm2_fast.kernels`, which are left until CUDA tensors come: Triton may be missing."""
     try:
         yield
@@ -120,7 +120,7 @@ def _select_candidates_cpu(
 def _select_candidates_cuda(
     logits: torch.Tensor, log_alpha: torch.Tensor, candidate_top_k: torch.Tensor, max_candidates: int
 ) -> Candidates:
-    with _triton_needed():
+    with triton_needed():
         from llm2_fast.kernels.select_candidates import empty_partials, select_candidates
     outputs = _empty_candidates(logits, log_alpha, candidate_top_k, max_candidates)
     partials = empty_partials(*logits.shape, max_candidates, logits.device)
@@ -190,7 +190,7 @@ def _adjust_and_pick_cpu(*inputs: torch.Tensor | None, isa: str | None = None) -
 
 
 def _adjust_and_pick_cuda(*inputs: torch.Tensor | None) -> Picked:
-    with _triton_needed():
+    with triton_needed():
         from llm2_fast.kernels.adjust_and_pick import adjust_and_pick
     outputs = _empty_picked(*inputs)
     adjust_and_pick(*inputs, outputs)
@@ -292,7 +292,7 @@ def _branch_attention_cpu(*inputs: torch.Tensor | float, isa: str | None = None)
 
 
 def _branch_attention_cuda(*inputs: torch.Tensor | float) -> torch.Tensor:
-    with _triton_needed():
+    with triton_needed():
         from llm2_fast.kernels.branch_attention import Workspace, branch_attention, tile_rows
         from llm2_fast.kernels.row_tiles import plan_row_tiles
     query, key_cache, row_sequence = inputs[0], inputs[1], inputs[4]
