@@ -2,20 +2,23 @@
 
 Every op has the arguments, in name and order, and the meaning of the function of the same name in
 `llm2_fast.reference`. On CPU tensors the C++ extension `llm2_fast_C` computes it, in float32 or bfloat16. Where the
-extension is not available, the reference does, and a `RuntimeWarning` says so once.
+extension is not available, the reference does, and a `RuntimeWarning` says so once. On CUDA tensors a Triton kernel of
+`llm2_fast.kernels` does, in float32, float16 or bfloat16, and raises `MissingDependencyError` without Triton.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch.utils.dlpack import to_dlpack
 
 from llm2_fast import reference
-from llm2_fast.errors import ArgumentError
+from llm2_fast.errors import ArgumentError, MissingDependencyError
 from llm2_fast.reference import Candidates, Picked
 
 _LIBRARY = torch.library.Library("llm2_fast", "DEF")
@@ -49,6 +52,17 @@ def cpu_extension_problem() -> str | None:
 def _warn_of_reference() -> None:
     message = f"llm2_fast: {cpu_extension_problem()}; CPU ops run on the slow torch reference"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+@contextlib.contextmanager
+def triton_needed() -> Iterator[None]:
+    """Around imports from `llm2_fast.kernels`, which are left until CUDA tensors come: Triton may be missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise MissingDependencyError("ops on CUDA tensors need Triton (to install it: pip install triton)") from error
 
 
 def _capsule(tensor: torch.Tensor | None) -> object:
@@ -103,7 +117,19 @@ def _select_candidates_cpu(
     return outputs
 
 
+def _select_candidates_cuda(
+    logits: torch.Tensor, log_alpha: torch.Tensor, candidate_top_k: torch.Tensor, max_candidates: int
+) -> Candidates:
+    with triton_needed():
+        from llm2_fast.kernels.select_candidates import empty_partials, select_candidates
+    outputs = _empty_candidates(logits, log_alpha, candidate_top_k, max_candidates)
+    partials = empty_partials(*logits.shape, max_candidates, logits.device)
+    select_candidates(logits, log_alpha, candidate_top_k, max_candidates, outputs, partials)
+    return outputs
+
+
 _LIBRARY.impl("select_candidates", _select_candidates_cpu, "CPU")
+_LIBRARY.impl("select_candidates", _select_candidates_cuda, "CUDA")
 
 
 def select_candidates(
@@ -117,7 +143,7 @@ def select_candidates(
         logits: [B, V], on the CPU float32 or bfloat16; rows may have any stride, a row is contiguous.
         log_alpha: float32 [B], natural logarithm.
         candidate_top_k: int32 [B]; 0 for no limit.
-        max_candidates: K >= 1.
+        max_candidates: K >= 1; at most 1,024 on CUDA.
 
     Returns:
         `Candidates` with K = `max_candidates`.
@@ -163,7 +189,16 @@ def _adjust_and_pick_cpu(*inputs: torch.Tensor | None, isa: str | None = None) -
     return outputs
 
 
+def _adjust_and_pick_cuda(*inputs: torch.Tensor | None) -> Picked:
+    with triton_needed():
+        from llm2_fast.kernels.adjust_and_pick import adjust_and_pick
+    outputs = _empty_picked(*inputs)
+    adjust_and_pick(*inputs, outputs)
+    return outputs
+
+
 _LIBRARY.impl("adjust_and_pick", _adjust_and_pick_cpu, "CPU")
+_LIBRARY.impl("adjust_and_pick", _adjust_and_pick_cuda, "CUDA")
 
 
 def adjust_and_pick(
@@ -256,7 +291,21 @@ def _branch_attention_cpu(*inputs: torch.Tensor | float, isa: str | None = None)
     return output
 
 
+def _branch_attention_cuda(*inputs: torch.Tensor | float) -> torch.Tensor:
+    with triton_needed():
+        from llm2_fast.kernels.branch_attention import Workspace, branch_attention, tile_rows
+        from llm2_fast.kernels.row_tiles import plan_row_tiles
+    query, key_cache, row_sequence = inputs[0], inputs[1], inputs[4]
+    rows, num_heads, head_dim = query.shape
+    output = _empty_attention(*inputs)
+    first_row = row_sequence.new_empty(max(1, rows) + 1)
+    plan_row_tiles(row_sequence, tile_rows(num_heads, key_cache.shape[1], head_dim, query.dtype), first_row)
+    branch_attention(*inputs, output, first_row, Workspace.empty(rows, num_heads, head_dim, query.device))
+    return output
+
+
 _LIBRARY.impl("branch_attention", _branch_attention_cpu, "CPU")
+_LIBRARY.impl("branch_attention", _branch_attention_cuda, "CUDA")
 
 
 def branch_attention(

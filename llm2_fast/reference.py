@@ -265,3 +265,216 @@ def pairwise_loss(positive_scores: torch.Tensor, negative_scores: torch.Tensor, 
     """
     margin = positive_scores[position] - negative_scores
     return -torch.nn.functional.logsigmoid(margin).sum() / max(1, len(position))
+
+
+def pairwise_loss_gradient(
+    positive_scores: torch.Tensor, negative_scores: torch.Tensor, position: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of `pairwise_loss`, as stated there: float32 [P] and [M]."""
+    share = torch.sigmoid(negative_scores - positive_scores[position]) / max(1, len(position))
+    return torch.zeros_like(positive_scores).index_add(0, position, -share), share
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    lora_hidden: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+    row_adapted: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """y = W x + bias, for the adapted rows + B (A x) (LoRA); then the activation; then + residual. All in float32.
+
+    Args:
+        x: [R, in_features], float32, float16 or bfloat16.
+        weight: [N, in_features], dtype of `x`. With an activation the first half of y are gates, the second what they
+            gate, and out_features = N / 2; otherwise out_features = N.
+        bias: [N] or None.
+        lora_hidden: [R, r], A x; or None, and then `lora_b` and `row_adapted` too.
+        lora_b: [N, r], scaling included.
+        row_adapted: bool [R].
+        residual: [R, out_features] or None.
+        activation: None, "silu_mul" (see `silu_mul`) or "gelu_tanh_mul" (see `gelu_tanh_mul`).
+        dtype: Of the result; None for that of `x`.
+
+    Returns:
+        [R, out_features].
+    """
+    y = x.float() @ weight.float().T
+    if bias is not None:
+        y = y + bias.float()
+    if lora_hidden is not None:
+        y = torch.where(row_adapted.unsqueeze(-1), y + lora_hidden.float() @ lora_b.float().T, y)
+    if activation is not None:
+        y = {"silu_mul": silu_mul, "gelu_tanh_mul": gelu_tanh_mul}[activation](y)
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(x.dtype if dtype is None else dtype)
+
+
+def silu_mul(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up in float32, for x = [gate, up]: [R, 2 F], float32, float16 or bfloat16 -> [R, F], its dtype."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
+def gelu_tanh_mul(x: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * up in float32, GELU with its tanh approximation; shapes as for `silu_mul`."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) in float32, over the last dimension.
+
+    Args:
+        x: [..., size], float32, float16 or bfloat16.
+        weight: [size].
+        eps: Added to the mean square.
+        dtype: Of the result; None for that of `x`.
+
+    Returns:
+        [..., size].
+    """
+    h = x.float()
+    y = weight.float() * (h / (h.square().mean(dim=-1, keepdim=True) + eps).sqrt())
+    return y.to(x.dtype if dtype is None else dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` of the residual stream: the norm of residual + x, dtype of `x`, and the sum, dtype of `residual`."""
+    summed = (residual.float() + x.float()).to(residual.dtype)
+    return rms_norm(summed, weight, eps, x.dtype), summed
+
+
+def rope_and_store(
+    qkv: torch.Tensor,
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    num_heads: int,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    row_sequence: torch.Tensor,
+    row_position: torch.Tensor,
+    row_stored: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of a projection: norm of each head, rotary position, and store to the cache.
+
+    Queries and keys are rotated: of a head x, the pair (x[i], x[i + D/2]) by the i-th angle of the row. The keys and
+    values of rows that extend their sequence are stored at their position. Computed in float32.
+
+    Args:
+        qkv: [R, (num_heads + 2 * num_kv_heads) * head_dim], float32, float16 or bfloat16.
+        cosine, sine: float32 [R, head_dim / 2], of each row's position, scaled.
+        q_norm, k_norm: [head_dim], weights of `rms_norm` over each head, or None.
+        eps: Of these norms.
+        num_heads: Query heads.
+        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_dim]; written where `row_stored`.
+        block_table: int32 [S, max_blocks], as for `branch_attention`.
+        row_sequence, row_position: int32 [R].
+        row_stored: bool [R], the row extends its sequence.
+
+    Returns:
+        query [R, num_heads, head_dim], own_key and own_value [R, num_kv_heads, head_dim], dtype of the caches.
+    """
+    num_kv_heads, block_size, head_dim = key_cache.shape[1:]
+    heads = qkv.float().view(len(qkv), -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+
+    def rotate(x: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        first, second = (x if norm is None else rms_norm(x, norm, eps)).chunk(2, dim=-1)
+        c, s = cosine.unsqueeze(1), sine.unsqueeze(1)
+        return torch.cat([first * c - second * s, second * c + first * s], dim=-1)
+
+    rotated = (rotate(heads[0], q_norm), rotate(heads[1], k_norm), heads[2])
+    query, own_key, own_value = (x.to(key_cache.dtype, copy=True) for x in rotated)
+    for r in row_stored.nonzero().flatten().tolist():
+        position = int(row_position[r])
+        block = int(block_table[int(row_sequence[r]), position // block_size])
+        key_cache[block, :, position % block_size] = own_key[r]
+        value_cache[block, :, position % block_size] = own_value[r]
+    return query, own_key, own_value
+
+
+def score_head(
+    hidden_states: torch.Tensor,
+    dense_weight: torch.Tensor | None,
+    dense_bias: torch.Tensor | None,
+    score_weight: torch.Tensor,
+    score_bias: float = 0.0,
+) -> torch.Tensor:
+    """Verifier scores w . h + b, or w . silu(W h + c) + b, in float32.
+
+    Args:
+        hidden_states: [R, features], of several layers concatenated.
+        dense_weight, dense_bias: float32 [M, features] and [M], or None for a linear head.
+        score_weight: float32 [M], or [features] of a linear head.
+        score_bias: Added to every score.
+
+    Returns:
+        float32 [R].
+    """
+    x = hidden_states.float()
+    if dense_weight is not None:
+        x = torch.nn.functional.silu(x @ dense_weight.T + dense_bias)
+    return x @ score_weight + score_bias
+
+
+def commit(
+    index: torch.Tensor,
+    first_row: torch.Tensor,
+    row_sequence: torch.Tensor,
+    row_position: torch.Tensor,
+    own_key: torch.Tensor,
+    own_value: torch.Tensor,
+    row_hidden_states: torch.Tensor,
+    block_table: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    hidden_states: torch.Tensor,
+    lengths: torch.Tensor,
+) -> None:
+    """Make the picked branch of each sequence its last token, in place.
+
+    Args:
+        index: int32 [B], picked branch; -1 leaves the sequence as it is.
+        first_row: int32 [B], row of the sequence's first branch; the picked one is row `first_row + index`.
+        row_sequence, row_position: int32 [R]; `row_position` is the sequence's length before the commit.
+        own_key, own_value: [L, R, num_kv_heads, head_dim], of every layer.
+        row_hidden_states: [R, hidden_size].
+        block_table: int32 [S, max_blocks], as for `branch_attention`.
+        key_cache, value_cache: [L, num_blocks, num_kv_heads, block_size, head_dim]; written.
+        hidden_states: [S, hidden_size], of the last token of each sequence; written.
+        lengths: int32 [S], cached positions; written.
+    """
+    block_size = key_cache.shape[3]
+    for picked, first in zip(index.tolist(), first_row.tolist(), strict=True):
+        if picked < 0:
+            continue
+        row = first + picked
+        sequence, position = int(row_sequence[row]), int(row_position[row])
+        block = int(block_table[sequence, position // block_size])
+        key_cache[:, block, :, position % block_size] = own_key[:, row]
+        value_cache[:, block, :, position % block_size] = own_value[:, row]
+        hidden_states[sequence] = row_hidden_states[row]
+        lengths[sequence] = position + 1
+
+
+def lm_head_select(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    log_alpha: torch.Tensor,
+    candidate_top_k: torch.Tensor,
+    max_candidates: int,
+) -> Candidates:
+    """`select_candidates` of the float32 logits W h, for hidden_states [B, hidden_size] and weight [V, hidden_size]."""
+    logits = hidden_states.float() @ weight.float().T
+    return select_candidates(logits, log_alpha, candidate_top_k, max_candidates)

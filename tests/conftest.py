@@ -10,6 +10,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a shared machine down tenfold
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; 0 runs them on a GPU
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from hypothesis import settings

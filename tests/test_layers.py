@@ -21,7 +21,7 @@ LAYERS = (
     ("answers", "datacheck", "detokenizer", "problems", "prompts", "request", "supervision"),
     ("reference",),
     ("kernels",),
-    ("ops",),
+    ("kernel_ops", "ops"),
     ("cache",),
     ("models",),
     ("verifier",),
