@@ -161,6 +161,9 @@ def test_an_interrupted_exploration_is_resumed(tmp_path, engine):
     assert by_id(tmp_path / "parts") == by_id(tmp_path / "whole")
     with pytest.raises(ArgumentError, match="n 6 there, 7 here"):
         explore(engine, PROBLEMS, tmp_path / "parts", **{**OPTIONS, "n": 7})
+    quantized = {"tokenizer": engine.tokenizer, "quantization": "int8-group32"}
+    with pytest.raises(ArgumentError, match="quantization None there, 'int8-group32' here"):
+        explore(arithmetic.model(), PROBLEMS, tmp_path / "parts", load_options=quantized, **OPTIONS)
 
 
 def _explore_slowly(engine, path):

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from llm2_fast.errors import ArgumentError
+from llm2_fast.models.quantization import Quantization
 from llm2_fast.results import StepOutput
 from llm2_fast.sequence import Sequence
 
@@ -22,6 +23,7 @@ class Backend(ABC):
     name: ClassVar[str]
     vocab_size: int
     max_position_embeddings: int | None
+    quantization: Quantization | None = None  # of the weights it runs on
 
     def check_fits(self, num_tokens: int, name: str) -> None:
         """Raise `ArgumentError` if a sequence of `num_tokens`, called `name`, would not even fit alone."""

@@ -60,6 +60,7 @@ class CpuBackend(Backend):
     ) -> None:
         if (reason := self.unsupported(model, verifier)) is not None:
             raise ArgumentError("backend", "a backend for this model and verifier", f"'cpu' ({reason})")
+        self.quantization = quantization
         extension = ops.cpu_extension()
         head = _pack_head(extension, model, verifier)  # first, since it may not fit the model
         updates = _lora_updates(model, verifier) if isinstance(verifier, LoraVerifier) else {}

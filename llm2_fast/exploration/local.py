@@ -58,6 +58,8 @@ class LocalExplorer:
     def manifest(self) -> Manifest:
         """What the results depend on."""
         engine, model = self._engine, self._engine.model.source
+        with engine.exclusive_backend() as backend:
+            quantization = backend.quantization
         return Manifest(
             model=engine.model.name,
             model_fingerprint=fingerprint(model),
@@ -67,6 +69,7 @@ class LocalExplorer:
                 **self._config.to_json(),
                 "backend": engine.backend,
                 "dtype": str(model.dtype).removeprefix("torch."),
+                "quantization": None if quantization is None else quantization.name,
                 "max_length": engine.max_length,
             },
             llm2_fast_version=__version__,

@@ -39,6 +39,11 @@ class Quantization:
             raise ArgumentError("quantization", f"None or one of {', '.join(map(repr, _GROUP_SIZES))}", repr(name))
         return cls(_GROUP_SIZES[name])
 
+    @property
+    def name(self) -> str:
+        """What `from_name` calls it."""
+        return "int8" if self.group_size is None else f"int8-group{self.group_size}"
+
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Symmetric quantization: scale = max |w| / 127 over a group, q = w / scale to nearest, ties to even.
 
