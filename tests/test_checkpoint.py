@@ -123,15 +123,17 @@ def test_layouts_of_files(layout, saved, caplog, nothing_whole):
 @needs_extension
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int8-group32"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_dtypes_and_tied_embeddings(tied, dtype, stored, tmp_path, monkeypatch):
+def test_dtypes_and_tied_embeddings(tied, quantization, dtype, stored, tmp_path, monkeypatch):
     tiny.causal_lm("llama", tie_word_embeddings=tied).to(stored).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 1000)  # several chunks even of these weights
-    engine = load(tmp_path, dtype=dtype, backend="cpu")
+    options = {"backend": "cpu", "quantization": quantization}
+    engine = load(tmp_path, dtype=dtype, **options)
     assert isinstance(engine.model.source, CheckpointSource)
     assert engine.model.dtype == model.dtype
-    assert everything(engine) == everything(load(model, backend="cpu"))
+    assert everything(engine) == everything(load(model, **options))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

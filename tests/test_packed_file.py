@@ -68,9 +68,9 @@ def packings(monkeypatch):
     """The sources that were packed, in order."""
     packed, pack = [], PackedWeights.pack
 
-    def record(extension, source):
+    def record(extension, source, quantization=None):
         packed.append(source)
-        return pack(extension, source)
+        return pack(extension, source, quantization)
 
     monkeypatch.setattr(PackedWeights, "pack", record)
     return packed
@@ -96,13 +96,15 @@ def test_second_load_packs_nothing_and_gives_the_same_bits(family, kind, tmp_pat
     assert packings == []
 
 
+@pytest.mark.parametrize("quantization", [None, "int8", "int8-group32"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_dtypes_and_tied_embeddings(tied, dtype, tmp_path, packings):
+def test_dtypes_and_tied_embeddings(tied, dtype, quantization, tmp_path, packings):
     tiny.causal_lm("llama", tie_word_embeddings=tied).save_pretrained(tmp_path / "model")
-    expected = everything(load(tmp_path / "model", dtype=dtype))
+    options = {"dtype": dtype, "quantization": quantization}
+    expected = everything(load(tmp_path / "model", **options))
     packings.clear()
-    assert everything(load(tmp_path / "model", dtype=dtype)) == expected
+    assert everything(load(tmp_path / "model", **options)) == expected
     assert packings == []
 
 
@@ -120,12 +122,13 @@ def test_file_is_mapped_and_its_tensors_are_aligned(saved, cache):
     del engine  # whose weights the mapping holds
 
 
-def test_each_place_dtype_and_role_has_its_file(saved, tmp_path, cache):
+def test_each_place_dtype_and_quantization_has_its_file(saved, tmp_path, cache):
     tiny.causal_lm("llama").save_pretrained(tmp_path / "other")
     for model in (saved, tmp_path / "other"):
         for dtype in ("float32", "bfloat16"):
-            load(model, dtype=dtype)
-    assert len(list(cache.iterdir())) == 4
+            for quantization in (None, "int8", "int8-group32"):
+                load(model, dtype=dtype, quantization=quantization)
+    assert len(list(cache.iterdir())) == 12
 
 
 # --- What does not fit is packed again -----------------------------------------------------------------------------

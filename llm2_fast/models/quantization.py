@@ -87,13 +87,17 @@ class Quantization:
         def restore(module: nn.Module, args: Any, output: Any) -> None:
             module.weight.data = kept.pop(module)
 
-        quantized = {module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Linear)}
+        def address(weight: nn.Parameter) -> int:
+            return id(weight) if weight.is_meta else weight.data_ptr()  # tied weights have the same
+
+        quantized = {address(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
         hooks = []
         try:
             for module in model.modules():
-                if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight.data_ptr() in quantized:
+                if isinstance(module, (nn.Linear, nn.Embedding)) and address(module.weight) in quantized:
                     hooks.append(module.register_forward_pre_hook(replace))
-                    hooks.append(module.register_forward_hook(restore, always_call=True))
+                    # Before the hooks that were there: those of weights in files take them away again.
+                    hooks.append(module.register_forward_hook(restore, always_call=True, prepend=True))
             yield
         finally:
             for hook in hooks:
