@@ -28,6 +28,7 @@ from client import Client
 HERE = Path(__file__).resolve().parent
 BATCH_SIZES = (1, 8, 16, 32)
 PROMPTS = 16
+_SLOW = 4
 LONGEST = 2048  # tokens of prompt and continuation
 QUESTIONS = [
     f"{name} buys {a} boxes with {b} {thing} each and gives {c} of them away. How many {thing} are left?"
@@ -51,6 +52,7 @@ class Entry:
         worker: Stem of the worker's file.
         options: Its argument.
         batch_sizes: Those it is measured at.
+        every: It takes part in one of so many turns at batch size 1; for slow ones.
         seconds: By batch size, of each turn.
         facts: What the worker says of itself and of its last turn.
     """
@@ -61,6 +63,7 @@ class Entry:
     options: dict[str, Any]
     batch_sizes: tuple[int, ...] = BATCH_SIZES
     python: str = sys.executable
+    every: int = 1
     seconds: dict[int, list[float]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -82,10 +85,10 @@ def entries(files: files_module.Files, arguments: argparse.Namespace) -> list[En
     for kind, path in files.verifiers.items():
         found.append(Entry("llm2_fast", kind, "worker_llm2_fast", {**ours, "verifier": str(path)}))
     found.append(Entry("llm2_fast int8", "none", "worker_llm2_fast", {**ours, "quantization": "int8"}))
-    found.append(Entry("transformers", "none", "worker_transformers", ours, (1, 8)))
+    found.append(Entry("transformers", "none", "worker_transformers", ours, (1, 8), every=_SLOW))
     for kind in ("head", "full"):
         options = {**ours, "verifier": str(files.verifiers[kind])}
-        found.append(Entry("naive LLM2 on transformers", kind, "worker_transformers", options, (1,)))
+        found.append(Entry("naive LLM2 on transformers", kind, "worker_transformers", options, (1,), every=_SLOW))
     if arguments.peers_python is None:
         return found
     python = arguments.peers_python
@@ -108,7 +111,10 @@ def measure(found: list[Entry], prompts: list[list[int]], new_tokens: int, round
         repeated = prompts * -(-batch_size // len(prompts))
         for _ in range(rounds):
             for first in range(0, len(repeated), batch_size):
+                turn = first if batch_size == 1 else 0
                 for entry in measured:
+                    if turn % entry.every:
+                        continue
                     seconds = entry.decode(repeated[first : first + batch_size], new_tokens)
                     entry.seconds.setdefault(batch_size, []).append(seconds)
             print(f"batch size {batch_size}: a round is done", file=sys.stderr)
@@ -131,7 +137,8 @@ def report(found: list[Entry], new_tokens: int, arguments: argparse.Namespace, b
             *lines,
             "",
             f"Tokens per second of all sequences, {new_tokens} new tokens per prompt, prefill included; medians over "
-            f"{PROMPTS} prompts x {arguments.rounds} at batch size 1. {arguments.threads} threads. {versions}.",
+            f"{PROMPTS} prompts x {arguments.rounds} at batch size 1, of every {_SLOW}th for transformers. "
+            f"{arguments.threads} threads. {versions}.",
             f"Read bandwidth {bandwidth / 1e9:.1f} GB/s (median of three, before, between and after): one sweep over "
             f"the {files_module.WEIGHT_BYTES / 1e6:.0f} MB of bfloat16 weights per token allows {floor:.1f} tokens/s; "
             f"plain decoding at batch size 1 reaches {100 * plain / floor:.0f} % of it.",
