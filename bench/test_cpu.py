@@ -1,5 +1,7 @@
 """The cpu backend, prefill included, beside the reference backend and transformers' own loop, in float32 and bfloat16.
 
+`cpu int8` is the cpu backend with int8 weights, a scale per output feature, and activations of the dtype.
+
 The model is SmolLM2-135M-Instruct, the `head` verifier the one that comes with the package. `full` has the shape of the
 LLM and random weights: it costs what a trained one costs, but chooses other tokens. End-of-sequence tokens are ignored.
 
@@ -57,8 +59,17 @@ def make_verifier(kind: str, model: LoadedModel) -> Verifier | None:
     return FullVerifier(network, torch.randn(1, model.model.config.hidden_size) * 0.02)
 
 
-def decode_with_engine(backend: str, model: LoadedModel, verifier: Verifier | None, prompts: list[list[int]]) -> Decode:
-    engine = llm2_fast.load(model.model, verifier, backend=backend, max_batch_size=len(prompts))
+def int8_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's weights if those of its linear layers are int8, with a float32 scale per output feature."""
+    linear = {m.weight.data_ptr(): m.weight for m in module.modules() if isinstance(m, torch.nn.Linear)}
+    saved = sum(weight.numel() * (weight.element_size() - 1) - 4 * len(weight) for weight in linear.values())
+    return harness.parameter_bytes(module) - saved
+
+
+def decode_with_engine(decoder: str, model: LoadedModel, verifier: Verifier | None, prompts: list[list[int]]) -> Decode:
+    backend, *quantization = decoder.split()
+    loading = {"backend": backend, "quantization": next(iter(quantization), None), "max_batch_size": len(prompts)}
+    engine = llm2_fast.load(model.model, verifier, **loading)
 
     def decode(new_tokens: int) -> list[int]:
         results = engine.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
@@ -85,8 +96,8 @@ CASES = [
     for batch in (1, 8)
     for dtype in ("bfloat16", "float32")
     for kind in ("none", "head", "full")
-    for decoder in ("cpu", "reference", "transformers")
-    if (decoder != "transformers" or kind == "none") and (decoder == "cpu" or batch == 1)
+    for decoder in ("cpu", "cpu int8", "reference", "transformers")
+    if (decoder != "transformers" or kind == "none") and (decoder.startswith("cpu") or batch == 1)
 ]
 
 
@@ -103,13 +114,13 @@ def test_cpu(benchmark: Any, models: dict[str, LoadedModel], decoder: str, dtype
     benchmark.group = f"{dtype}, {batch} at a time"
     counts = decode(NEW_TOKENS)
     benchmark.pedantic(decode, (NEW_TOKENS,), rounds=ROUNDS)
-    full_bytes = harness.parameter_bytes(verifier.network) if kind == "full" else 0
+    weight_bytes = int8_bytes if "int8" in decoder else harness.parameter_bytes
     workload = harness.Workload(
         steps=NEW_TOKENS,
         tokens=NEW_TOKENS * batch,
         prompt_tokens=sum(map(len, prompts)),
-        weight_bytes=harness.parameter_bytes(model.model),
-        verifier_bytes=full_bytes,
+        weight_bytes=weight_bytes(model.model),
+        verifier_bytes=weight_bytes(verifier.network) if kind == "full" else 0,
     )
     facts = {"mean |C|": round(sum(counts) / len(counts), 2)} if counts else {}
     harness.record(benchmark, workload, decoder=f"{decoder} {dtype}", verifier=kind, batch=batch, **facts)

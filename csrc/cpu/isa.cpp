@@ -15,6 +15,7 @@ std::vector<Isa> detect() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     isas.push_back(Isa::kAvx512);
+    // Of the CPUs with dot products of bfloat16, only Cooper Lake lacks VBMI, which int8 weights need.
     const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
     if (bf16) isas.push_back(Isa::kAvx512Bf16);
   }

@@ -80,7 +80,7 @@ struct SelectFold {
 struct LinearArgs {
   DType dtype;  // of the inputs, and of weights without scales
   LinearTerm weights;
-  LinearTerm update;  // `packed` is null if there is none
+  LinearTerm update;  // `panels.packed` is null if there is none
   int64_t first_updated;
   int64_t rows;
   int64_t out_features;  // of the output, half of y's if gated

@@ -2,8 +2,8 @@
 //
 // A panel of weights, see packing.h, is multiplied with up to kRowsAtOnce rows whose sums stay in registers. int8
 // weights become operands of the multiply-add on their way into the registers, which is exact; a group's sum of q x is
-// then multiplied by its scale. Converting a panel once for many rows would save little: the conversions take ports
-// that the multiply-adds leave free.
+// then multiplied by its scale. They are converted anew for each tile of rows: AVX512-BF16 does so on ports that its
+// multiply-adds leave free, and reads half as much as from a converted copy.
 //
 // Every product is one chain of multiply-adds over the depth, with scales one per group and one over the groups. So its
 // bits depend neither on the rows it is computed with nor on the thread, and few rows and many give the same.

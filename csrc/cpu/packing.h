@@ -3,8 +3,8 @@
 // Weights are packed in panels of kStrips * kLanes output features, [depth / kDepth, kStrips, kLanes, kDepth] each: a
 // matrix is one stream of memory. In int8 a tier may order the weights of such a step otherwise, see multiply_add.h.
 //
-// int8 weights are q of w = scale * q: scale = max |w| / 127 over an output feature and a group of inputs, q = w /
-// scale rounded to nearest, ties to even. The definition in torch is llm2_fast/models/quantization.py.
+// int8 weights are the q of w = scale * q. The scale is max |w| / 127 over a group of inputs of an output feature, q is
+// w / scale to nearest, ties to even. The definition in torch is llm2_fast/models/quantization.py.
 #pragma once
 
 #include <float.h>

@@ -1,5 +1,6 @@
 // The thread pool, packed linear layers and the decoder without Python, on every tier this machine can run: against
 // plain loops in double, and against themselves with other rows and threads. Exits with 1 if a check fails.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -7,6 +8,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -60,17 +62,42 @@ void test_thread_pool() {
   }
 }
 
+constexpr int64_t kPerFeature = std::numeric_limits<int64_t>::max();  // one group of any size
+
+// What int8 keeps of the weights of one output feature.
 template <typename T>
-void test_packed_linear(Isa isa) {
-  current_case = std::string("packed linear ") + isa_name(isa);
+std::vector<float> kept(const T* weights, int64_t in_features, int64_t group_size) {
+  std::vector<float> values;
+  for (int64_t k = 0; k < in_features; ++k) values.push_back(to_float(weights[k]));
+  for (int64_t begin = 0; group_size > 0 && begin < in_features;) {
+    const int64_t end = begin + std::min(group_size, in_features - begin);
+    float largest = 0.0f;
+    for (int64_t k = begin; k < end; ++k) largest = std::max(largest, std::abs(values[static_cast<size_t>(k)]));
+    const float scale = largest / 127.0f;
+    for (int64_t k = begin; k < end; ++k) {
+      float& value = values[static_cast<size_t>(k)];
+      value = scale * std::nearbyint(value / scale);
+    }
+    begin = end;
+  }
+  return values;
+}
+
+template <typename T>
+void test_packed_linear(Isa isa, int64_t group_size) {
+  current_case = std::string("packed linear ") + isa_name(isa) + ", groups of " + std::to_string(group_size);
   for (const auto& [out_features, in_features] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {33, 7}, {70, 64}}) {
     const std::vector<T> weight = random_values<T>(out_features * in_features);
     const std::vector<float> bias = random_values<float>(out_features);
     const PackedLinear packed(dtype_of<T>(), {{weight.data(), out_features, in_features, bias.data()}}, in_features,
-                              Arrangement::kStacked, isa, 2);
-    std::vector<float> row(static_cast<size_t>(in_features));
-    packed.unpack_row(out_features - 1, row.data());
-    CHECK(row.back() == to_float(weight.back()));
+                              Arrangement::kStacked, isa, 2, group_size);
+    std::vector<std::vector<float>> rows;
+    for (int64_t n = 0; n < out_features; ++n) {
+      rows.push_back(kept(weight.data() + n * in_features, in_features, group_size));
+      std::vector<float> row(rows.back().size());
+      packed.unpack_row(n, row.data());
+      CHECK(row == rows.back());
+    }
 
     constexpr int64_t kRows = 30;
     std::vector<T> input(static_cast<size_t>(kRows * packed.depth()), T{});
@@ -87,12 +114,26 @@ void test_packed_linear(Isa isa) {
       for (int64_t n = 0; n < out_features; ++n) {
         double expected = bias[static_cast<size_t>(n)];
         for (int64_t k = 0; k < in_features; ++k) {
-          expected += double{to_float(weight[static_cast<size_t>(n * in_features + k)])} *
+          expected += double{rows[static_cast<size_t>(n)][static_cast<size_t>(k)]} *
                       to_float(input[static_cast<size_t>(r * packed.depth() + k)]);
         }
         CHECK(std::abs(alone[static_cast<size_t>(n)] - expected) < 1e-5);
       }
     }
+  }
+}
+
+void test_weights_that_are_not_finite(Isa isa) {
+  current_case = std::string("weights that are not finite ") + isa_name(isa);
+  for (float bad : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
+    const std::vector<float> weight = {1.0f, 2.0f, 3.0f, 4.0f, bad, 6.0f};
+    bool refused = false;
+    try {
+      PackedLinear(DType::kFloat32, {{weight.data(), 2, 3, nullptr}}, 3, Arrangement::kStacked, isa, 2, 2);
+    } catch (const std::invalid_argument&) {
+      refused = true;
+    }
+    CHECK(refused);
   }
 }
 
@@ -116,7 +157,7 @@ void test_gates(Isa isa) {
     current_case = std::string(activation == Epilogue::kSiluMul ? "silu " : "gelu_tanh ") + isa_name(isa);
     std::vector<float> output(gate.size());
     LinearArgs args = {};
-    args.weights = {packed.packed(), packed.depth(), input.data(), packed.depth()};
+    args.weights = {packed.panels(), input.data(), packed.depth()};
     args.rows = 1;
     args.out_features = args.output_stride = size;
     args.epilogue = activation;
@@ -142,7 +183,8 @@ class TinyDecoder {
   static constexpr int64_t kHidden = 20, kHeads = 3, kKvHeads = 1, kHeadDim = 6, kInner = 23, kVocab = 41, kRank = 3;
   static constexpr int64_t kLayers = 2, kSlots = 3, kBlocks = 240, kBlockSize = 4;
 
-  TinyDecoder(Family family, Isa isa)
+  // The layers have int8 weights if there is a group size, the update does not.
+  TinyDecoder(Family family, Isa isa, int64_t group_size = 0)
       : keys_(static_cast<size_t>(kLayers * kBlocks * kKvHeads * kBlockSize * kHeadDim)),
         values_(keys_.size()),
         hidden_(static_cast<size_t>(kSlots * kHidden)) {
@@ -163,16 +205,16 @@ class TinyDecoder {
       layer.input_norm = layer.mlp_input_norm = random_values<float>(kHidden);
       if (gemma) layer.attention_output_norm = layer.mlp_output_norm = random_values<float>(kHidden);
       layer.q_norm = layer.k_norm = random_values<float>(kHeadDim);
-      layer.qkv = {pack({kQkv}, kHidden, isa), pack({kRank}, kHidden, isa), pack({kQkv}, kRank, isa)};
-      layer.o = {pack({kHidden}, kHeads * kHeadDim, isa), nullptr, nullptr};
-      layer.gate_up = {pack({kInner, kInner}, kHidden, isa), nullptr, nullptr};
-      layer.down = {pack({kHidden}, kInner, isa), nullptr, nullptr};
+      layer.qkv = {pack({kQkv}, kHidden, isa, group_size), pack({kRank}, kHidden, isa), pack({kQkv}, kRank, isa)};
+      layer.o = {pack({kHidden}, kHeads * kHeadDim, isa, group_size), nullptr, nullptr};
+      layer.gate_up = {pack({kInner, kInner}, kHidden, isa, group_size), nullptr, nullptr};
+      layer.down = {pack({kHidden}, kInner, isa, group_size), nullptr, nullptr};
       layer.sliding_window = i == 0 ? 0 : 3;
       layer.rotary_table = gemma ? i : 0;
       weights.layers.push_back(std::move(layer));
     }
     weights.final_norm = random_values<float>(kHidden);
-    weights.lm_head = pack({kVocab}, kHidden, isa);
+    weights.lm_head = pack({kVocab}, kHidden, isa, group_size);
     decoder_.reset(new Decoder(std::move(weights), isa));
   }
 
@@ -201,7 +243,7 @@ class TinyDecoder {
 
  private:
   static std::shared_ptr<const PackedLinear> pack(const std::vector<int64_t>& out_features, int64_t in_features,
-                                                  Isa isa) {
+                                                  Isa isa, int64_t group_size = 0) {
     std::vector<std::vector<T>> weights;
     std::vector<WeightView> views;
     for (int64_t size : out_features) weights.push_back(random_values<T>(size * in_features));
@@ -209,7 +251,7 @@ class TinyDecoder {
       views.push_back({weights[i].data(), out_features[i], in_features, nullptr});
     }
     const Arrangement arrangement = views.size() == 2 ? Arrangement::kInterleaved : Arrangement::kStacked;
-    return std::make_shared<PackedLinear>(dtype_of<T>(), views, in_features, arrangement, isa, 1);
+    return std::make_shared<PackedLinear>(dtype_of<T>(), views, in_features, arrangement, isa, 1, group_size);
   }
 
   std::vector<T> keys_, values_, hidden_;
@@ -289,9 +331,9 @@ void test_selection(TinyDecoder<T>& tiny, Isa isa) {
 
 // A token gives the same bits as part of a prompt, alone, and as a branch that is kept, with any number of threads.
 template <typename T>
-void test_decoder(Family family, Isa isa) {
-  current_case = name_of(family) + "decoder " + isa_name(isa);
-  TinyDecoder<T> tiny(family, isa);
+void test_decoder(Family family, Isa isa, int64_t group_size) {
+  current_case = name_of(family) + "decoder " + isa_name(isa) + ", groups of " + std::to_string(group_size);
+  TinyDecoder<T> tiny(family, isa, group_size);
   const std::vector<int32_t> tokens = {3, 14, 15, 9, 26, 5, 35, 8, 40};
   const std::vector<T> expected = tiny.extend(0, tokens, 0, 1);
   CHECK(std::isfinite(to_float(expected[0])) && to_float(expected[0]) != 0.0f);
@@ -365,12 +407,17 @@ void test_long_prefix(Family family, Isa isa) {
 int main() {
   test_thread_pool();
   for (Isa isa : runnable_isas()) {
-    test_packed_linear<float>(isa);
-    test_packed_linear<BFloat16>(isa);
+    for (int64_t group_size : {int64_t{0}, kPerFeature, int64_t{6}}) {
+      test_packed_linear<float>(isa, group_size);
+      test_packed_linear<BFloat16>(isa, group_size);
+    }
+    test_weights_that_are_not_finite(isa);
     test_gates(isa);
     for (Family family : {Family::kLlama, Family::kGemma3}) {
-      test_decoder<float>(family, isa);
-      test_decoder<BFloat16>(family, isa);
+      for (int64_t group_size : {int64_t{0}, kPerFeature, int64_t{6}}) {
+        test_decoder<float>(family, isa, group_size);
+        test_decoder<BFloat16>(family, isa, group_size);
+      }
       test_adapted_rows<float>(family, isa);
       test_adapted_rows<BFloat16>(family, isa);
       test_long_prefix<float>(family, isa);
