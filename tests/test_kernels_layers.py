@@ -76,19 +76,19 @@ def test_rms_norm_in_place_and_row_count() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["silu_mul", "gelu_tanh_mul"])
 def test_gated_activations(name: str, dtype: torch.dtype) -> None:
-    op = {"silu_mul": reference.silu_mul, "gelu_tanh_mul": reference.gelu_tanh_mul}[name]
+    op, kernel = getattr(reference, name), getattr(kernel_ops, f"_{name}_cuda")
     for rows, size in ((0, 5), (3, 1), (2, 1100)):
         x = (randn(rows, 2 * size) * 3).to(dtype)
-        assert_close(run(lambda x: kernel_ops._gated_cuda(x, name), (x,)), op(x))
+        assert_close(run(kernel, (x,)), op(x))
     gate = torch.tensor([[-1e4, -90.0, -0.0, 0.0, 90.0, 1e4, NAN]])
     x = torch.cat([gate, torch.ones_like(gate)], dim=1).to(dtype)
-    assert_close(run(lambda x: kernel_ops._gated_cuda(x, name), (x,)), op(x), equal_nan=True)
+    assert_close(run(kernel, (x,)), op(x), equal_nan=True)
 
 
 def test_gated_activation_row_count() -> None:
     x, output = randn(3, 8).to(DEVICE), torch.full((3, 4), 7.0, device=DEVICE)
     gated_activation(x, "silu_mul", output, int32(2).to(DEVICE))
-    assert torch.equal(output[:2], kernel_ops._gated_cuda(x, "silu_mul")[:2])
+    assert torch.equal(output[:2], kernel_ops._silu_mul_cuda(x)[:2])
     assert (output[2] == 7).all()
 
 
@@ -292,6 +292,6 @@ def test_refuses(op: str, inputs: dict[str, Any], name: str, change: Callable, m
 
 def test_gated_activation_refuses() -> None:
     with pytest.raises(ValueError, match="columns of x: expected an even number > 0, got 3"):
-        run(lambda x: kernel_ops._gated_cuda(x, "silu_mul"), (torch.zeros(2, 3),))
+        run(kernel_ops._silu_mul_cuda, (torch.zeros(2, 3),))
     with pytest.raises(ValueError, match="activation: expected one of 'silu_mul', 'gelu_tanh_mul', got 'relu'"):
-        run(lambda x: kernel_ops._gated_cuda(x, "relu"), (torch.zeros(2, 4),))
+        gated_activation(torch.zeros(2, 4), "relu", torch.zeros(2, 2))
