@@ -100,7 +100,7 @@ def launches(device: str, dtype: torch.dtype, shape: Shape, load: Load) -> Itera
     """Every kernel once, in the order of a step."""
     make = Maker(device)
     yield from _selection(make, dtype, shape, load)
-    yield _pick(make, load.sequences, load.max_candidates)
+    yield pick_launch(make, load.sequences, load.max_candidates)
     yield _attention(make, dtype, shape, load)
     yield from _linears(make, dtype, shape, load.rows)
     yield from _small(make, dtype, shape, load)
@@ -125,7 +125,8 @@ def _selection(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Ite
     )  # fmt: skip
 
 
-def _pick(make: Maker, batch: int, width: int) -> Launch:
+def pick_launch(make: Maker, batch: int, width: int) -> Launch:
+    """`adjust_and_pick` with every processor on."""
     ids = make.int32([list(range(width))] * batch)
     arguments = (
         ids, make.randn(batch, width), make.full(batch, value=width, dtype=torch.int32), make.randn(batch, width),
