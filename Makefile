@@ -11,7 +11,7 @@ CPP_FORMATTED := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -na
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test cpp-test sanitize bench bench-peers lint format clean build/cpp-test build/cpp-address build/cpp-thread
+.PHONY: help setup demo test test-gpu-compile cpp-test sanitize bench bench-peers lint format clean build/cpp-test build/cpp-address build/cpp-thread
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ build/cpp-test build/cpp-address build/cpp-thread: $(VENV)/.build-tools
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLLM2_FAST_TESTS=ON -DLLM2_FAST_SANITIZE=$(SANITIZE)
 	$(BIN)/cmake --build $@
 	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error --timeout 120
+
+test-gpu-compile: $(VENV)/.installed ## Compile every Triton kernel for every architecture and dtype; needs no GPU.
+	$(BIN)/python -m pytest tests/test_kernels_compile.py -m "gpu_compile or not gpu_compile" $(PYTEST_ARGS)
 
 bench: $(VENV)/.demo-model ## Run the benchmarks.
 	$(BIN)/python -m pytest bench --benchmark-only --timeout 1800 $(PYTEST_ARGS)

@@ -40,10 +40,12 @@ class _Tiling(NamedTuple):
         if dtype == torch.float32:  # no matrix units: every product takes registers
             return cls(rows=16, features=32, depth=32, num_warps=4, num_stages=2)
         # At most 32 rows: from 64 on Triton would take another matrix instruction.
-        tile_rows, depth, features = (16, 256, 32) if rows <= 16 else (32, 128, 64) if rows <= 64 else (32, 64, 128)
+        tile_rows, features = (16, 32) if rows <= 16 else (32, 64) if rows <= 64 else (32, 128)
         while features > 16 and triton.cdiv(weight_rows, features) * triton.cdiv(rows, tile_rows) < _PROGRAMS:
             features //= 2
-        return cls(tile_rows, features, depth, num_warps=4, num_stages=3)
+        # Programs with few rows live on the bytes they have in flight.
+        depth = 64 if rows > 16 else 128 if features > 16 else 256
+        return cls(tile_rows, features, depth, num_warps=4, num_stages=4 if rows <= 64 else 3)
 
 
 @triton.jit

@@ -8,6 +8,8 @@ their own code and do not use these.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from llm2_fast import ops, reference
@@ -80,7 +82,7 @@ def _empty_gated(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty((x.shape[0], x.shape[1] // 2))
 
 
-def _gated_cuda(x: torch.Tensor, activation: str) -> torch.Tensor:
+def _gated_cuda(activation: str, x: torch.Tensor) -> torch.Tensor:
     with triton_needed():
         from llm2_fast.kernels.gated_activation import gated_activation
     output = _empty_gated(x)
@@ -88,11 +90,14 @@ def _gated_cuda(x: torch.Tensor, activation: str) -> torch.Tensor:
     return output
 
 
-for _name in ("silu_mul", "gelu_tanh_mul"):
-    torch.library.register_fake(f"llm2_fast::{_name}", _empty_gated, lib=_LIBRARY)
-    _LIBRARY.impl(_name, getattr(reference, _name), "CPU")
-_LIBRARY.impl("silu_mul", lambda x: _gated_cuda(x, "silu_mul"), "CUDA")
-_LIBRARY.impl("gelu_tanh_mul", lambda x: _gated_cuda(x, "gelu_tanh_mul"), "CUDA")
+_silu_mul_cuda = functools.partial(_gated_cuda, "silu_mul")
+_gelu_tanh_mul_cuda = functools.partial(_gated_cuda, "gelu_tanh_mul")
+torch.library.register_fake("llm2_fast::silu_mul", _empty_gated, lib=_LIBRARY)
+torch.library.register_fake("llm2_fast::gelu_tanh_mul", _empty_gated, lib=_LIBRARY)
+_LIBRARY.impl("silu_mul", reference.silu_mul, "CPU")
+_LIBRARY.impl("silu_mul", _silu_mul_cuda, "CUDA")
+_LIBRARY.impl("gelu_tanh_mul", reference.gelu_tanh_mul, "CPU")
+_LIBRARY.impl("gelu_tanh_mul", _gelu_tanh_mul_cuda, "CUDA")
 silu_mul = _OPERATORS.silu_mul.default
 gelu_tanh_mul = _OPERATORS.gelu_tanh_mul.default
 

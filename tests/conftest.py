@@ -21,8 +21,12 @@ settings.register_profile("ci", parent=settings.get_profile("default"), derandom
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests on machines without a CUDA device."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip `gpu_compile` tests unless they are asked for, and `gpu` tests on machines without a CUDA device."""
+    if "gpu_compile" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("gpu_compile"):
+                item.add_marker(pytest.mark.skip(reason="run by make test-gpu-compile"))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

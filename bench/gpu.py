@@ -1,0 +1,317 @@
+"""The Triton kernels on a GPU: checked against the reference, then timed. Takes a few minutes; needs no network.
+
+    python bench/gpu.py [--checks-only] [--prefix 512 4096] [--sequences 1 8] [--output FILE]
+
+1. Every kernel at the shapes of Llama-3.2-1B against `llm2_fast.reference`, in three dtypes, with fresh random inputs.
+2. Bits: rows of `linear` and `branch_attention` alone, in batches of several sizes, and twice.
+3. Every kernel alone: median of CUDA-graph replays over inputs that rotate past the cache, and achieved bandwidth.
+4. A joint step of a random model as one CUDA graph, against the time of reading its weights once.
+
+Not run on a GPU so far. What it prints belongs into docs/results/gpu.md, in place of the estimates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from kernel_launches import LLAMA_3_2_1B, Launch, Load, Maker, Shape, launches, pick_launch
+
+from llm2_fast import ops
+from llm2_fast.kernels.adjust_and_pick import adjust_and_pick
+from llm2_fast.kernels.branch_attention import Workspace, branch_attention, tile_rows
+from llm2_fast.kernels.commit import commit
+from llm2_fast.kernels.linear import linear
+from llm2_fast.kernels.lm_head_select import empty_partials, lm_head_select
+from llm2_fast.kernels.rms_norm import rms_norm
+from llm2_fast.kernels.rope_and_store import rope_and_store
+from llm2_fast.kernels.row_tiles import plan_row_tiles
+from llm2_fast.kernels.score_head import score_head
+
+# ||actual - expected|| / ||expected||, float32 sums of inputs rounded to the dtype. TF32 would show as about 3e-4.
+LARGEST_ERROR = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_CACHE_BYTES = 128 << 20  # inputs together larger than twice the L2 of an H200
+_REPLAYS = 20
+_BLOCK_SIZE = 16
+_DEVICE = "cuda"
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the expected; infinite where one has NaN and the other has not."""
+    actual, expected = actual.cpu().double(), expected.double()
+    if not torch.equal(actual.isfinite(), expected.isfinite()):
+        return math.inf
+    actual, expected = (x.nan_to_num(0.0, 0.0, 0.0) for x in (actual, expected))
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def tensors_of(outputs: Any) -> list[torch.Tensor]:
+    """The tensors an op returned."""
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs or ())
+
+
+def check_launch(launch: Launch) -> float:
+    """Largest relative error of what an op returned and wrote."""
+    given = [x.cpu().clone() if isinstance(x, torch.Tensor) else x for x in launch.arguments]
+    expected = tensors_of(launch.reference(*given)) + [given[i] for i in launch.mutated]
+    actual = tensors_of(launch.run()) + [launch.arguments[i] for i in launch.mutated]
+    return max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def run_checks() -> bool:
+    """Print a line per kernel and dtype; whether all agree."""
+    agree = True
+    for dtype, largest in LARGEST_ERROR.items():
+        for load in (Load(sequences=3, branches=7, prefix=333), Load(sequences=1, branches=1, prefix=1)):
+            for launch in launches(_DEVICE, dtype, LLAMA_3_2_1B, load):
+                error = check_launch(launch)
+                verdict = "ok" if error <= largest else "WRONG"
+                agree &= verdict == "ok"
+                print(f"{verdict:5} {launch.name:24} {dtype!s:15} rows {load.rows:3} error {error:.1e}", flush=True)
+    return agree
+
+
+def run_bit_checks() -> bool:
+    """Whether rows have the same bits alone and among others, and in a second run."""
+    same = True
+    for dtype in LARGEST_ERROR:
+        load = Load(sequences=5, branches=80, prefix=700)
+        for launch in launches(_DEVICE, dtype, LLAMA_3_2_1B, load):
+            if not launch.name.startswith(("linear", "branch_attention")):
+                continue
+            together = launch.run()
+            verdicts = [torch.equal(launch.run(), together)]
+            for rows in (1, 16, 17, 64, 65, 333):
+                part = tuple(
+                    x[:rows] if isinstance(x, torch.Tensor) and x.shape[0] == load.rows else x for x in launch.arguments
+                )
+                verdicts.append(torch.equal(launch.op(*part), together[:rows]))
+            same &= all(verdicts)
+            print(f"{'ok' if all(verdicts) else 'WRONG':5} bits of {launch.name:24} {dtype}", flush=True)
+    return same
+
+
+def median_seconds(runs: list[Callable[[], Any]]) -> float:
+    """Median time of one of `runs`, which are captured one after the other in a CUDA graph."""
+    for run in runs:  # compiles
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    for _ in range(3):
+        graph.replay()
+    seconds = []
+    for _ in range(_REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3 / len(runs))
+    return statistics.median(seconds)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a large copy."""
+    source = torch.randn(1 << 28, device=_DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / median_seconds([lambda: target.copy_(source)] * 4)
+
+
+def time_kernels(load: Load, bandwidth: float) -> list[dict]:
+    """Every kernel alone in bfloat16, over copies of its inputs that together do not fit the cache."""
+    rows = []
+    for launch in launches(_DEVICE, torch.bfloat16, LLAMA_3_2_1B, load):
+        copies = max(2, min(32, _CACHE_BYTES // max(1, launch.bytes)))
+        sets = [tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in launch.arguments) for _ in range(copies)]
+        seconds = median_seconds([functools.partial(launch.op, *arguments) for arguments in sets])
+        rows.append(
+            {
+                "kernel": launch.name, "rows": load.rows, "prefix": load.prefix, "us": round(1e6 * seconds, 2),
+                "MB": round(launch.bytes / 1e6, 3), "GB/s": round(launch.bytes / seconds / 1e9, 1),
+                "% of copy": round(100 * launch.bytes / seconds / bandwidth, 1),
+            }
+        )  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+class JointStep:
+    """Layers, score, pick, commit and selection of a random model, on buffers of its own, as they would be captured."""
+
+    def __init__(self, shape: Shape, load: Load, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape, self.load = shape, load
+
+        def randn(*size: int, scale: float = 1.0, of: torch.dtype = dtype) -> torch.Tensor:
+            return (torch.randn(size, device=_DEVICE) * scale).to(of)
+
+        def int32(values: list) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=_DEVICE)
+
+        hidden, rows, batch = shape.hidden_size, load.rows, load.sequences
+        scale, q_size = hidden**-0.5, shape.num_heads * shape.head_dim
+        self.layers = [
+            {
+                "norms": (torch.ones(hidden, device=_DEVICE), torch.ones(hidden, device=_DEVICE)),
+                "qkv": randn(shape.qkv_size, hidden, scale=scale),
+                "o": randn(hidden, q_size, scale=scale),
+                "gate_up": randn(2 * shape.intermediate_size, hidden, scale=scale),
+                "down": randn(hidden, shape.intermediate_size, scale=shape.intermediate_size**-0.5),
+            }
+            for _ in range(shape.num_layers)
+        ]
+        self.lm_head = randn(shape.vocab_size, hidden, scale=3 * scale)
+        self.weight_bytes = 2 * (
+            self.lm_head.numel() + sum(x.numel() for y in self.layers for x in list(y.values())[1:])
+        )
+
+        blocks = -(-load.prefix // _BLOCK_SIZE) + 1
+        cache = (shape.num_layers, batch * blocks, shape.num_kv_heads, _BLOCK_SIZE, shape.head_dim)
+        self.key_cache, self.value_cache = randn(*cache), randn(*cache)
+        self.block_table = int32([list(range(i, batch * blocks, batch)) for i in range(batch)])
+        self.row_sequence = int32([row // load.branches for row in range(rows)])
+        self.row_position = int32([load.prefix] * rows)
+        self.first_branch = int32(list(range(0, rows, load.branches)))
+        self.count = int32([load.branches] * batch)
+        self.num_rows = int32([rows])
+        self.lengths = int32([load.prefix] * batch)
+        self.row_stored, self.row_has_own = (
+            torch.zeros(rows, device=_DEVICE) > 0,
+            torch.zeros(rows, device=_DEVICE) == 0,
+        )
+        self.cosine = self.sine = randn(rows, shape.head_dim // 2, of=torch.float32)
+
+        self.embedded = randn(rows, hidden, of=torch.float32)
+        self.stream, self.normed = torch.empty_like(self.embedded), randn(rows, hidden)
+        self.qkv = randn(rows, shape.qkv_size, of=torch.float32)
+        self.query, self.attended = (randn(rows, shape.num_heads, shape.head_dim) for _ in range(2))
+        own = (shape.num_layers, rows, shape.num_kv_heads, shape.head_dim)
+        self.own_key, self.own_value = randn(*own), randn(*own)
+        self.gated = randn(rows, shape.intermediate_size)
+        self.score_weight, self.scores = randn(hidden, scale=scale, of=torch.float32), randn(rows, of=torch.float32)
+        self.hidden_states = randn(batch, hidden)
+        self.attention_workspace = Workspace.empty(rows, shape.num_heads, shape.head_dim, torch.device(_DEVICE))
+        tile = tile_rows(shape.num_heads, shape.num_kv_heads, shape.head_dim, dtype)
+        self.tile_rows, self.first_row = tile, int32([0] * (batch + rows // tile + 1))
+        width = load.max_candidates
+        self.options = (torch.full((batch,), math.log(0.1), device=_DEVICE), int32([0] * batch), width)
+        self.candidates = ops._empty_candidates(self.hidden_states, *self.options)
+        self.partials = empty_partials(batch, shape.vocab_size, width, torch.device(_DEVICE))
+        self.pick = pick_launch(Maker(_DEVICE), batch, width)
+        self.picked = ops._empty_picked(*self.pick.arguments)
+
+    def run(self) -> None:
+        shape, counted = self.shape, self.num_rows
+        self.stream.copy_(self.embedded)
+        plan_row_tiles(self.row_sequence, self.tile_rows, self.first_row, counted)
+        rows = (self.block_table, self.row_sequence, self.row_position)
+        for index, layer in enumerate(self.layers):
+            caches = self.key_cache[index], self.value_cache[index]
+            own = self.own_key[index], self.own_value[index]
+            rms_norm(self.stream, layer["norms"][0], 1e-5, None, self.normed, None, counted)
+            self._linear(self.normed, layer["qkv"], None, None, self.qkv)
+            rope_and_store(
+                self.qkv,
+                self.cosine,
+                self.sine,
+                None,
+                None,
+                1e-5,
+                *caches,
+                *rows,
+                self.row_stored,
+                self.query,
+                *own,
+                counted,
+            )
+            branch_attention(
+                self.query, *caches, *rows, self.row_has_own, *own, shape.head_dim**-0.5, 0, self.attended,
+                self.first_row, self.attention_workspace, counted,
+            )  # fmt: skip
+            self._linear(self.attended.view(len(self.stream), -1), layer["o"], self.stream, None, self.stream)
+            rms_norm(self.stream, layer["norms"][1], 1e-5, None, self.normed, None, counted)
+            self._linear(self.normed, layer["gate_up"], None, "silu_mul", self.gated)
+            self._linear(self.gated, layer["down"], self.stream, None, self.stream)
+        rms_norm(self.stream, self.layers[0]["norms"][0], 1e-5, None, self.normed, None, counted)
+        score_head(self.normed, None, None, self.score_weight, 0.0, self.scores, None, counted)
+        ids, logits, _, _, *others = self.pick.arguments
+        adjust_and_pick(ids, logits, self.count, self.scores, *others, outputs=self.picked, first_row=self.first_branch)
+        commit(
+            self.picked.index, self.first_branch, self.row_sequence, self.row_position, self.own_key, self.own_value,
+            self.normed, self.block_table, self.key_cache, self.value_cache, self.hidden_states, self.lengths,
+        )  # fmt: skip
+        lm_head_select(self.hidden_states, self.lm_head, *self.options, self.candidates, self.partials)
+
+    def _linear(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        residual: torch.Tensor | None,
+        activation: str | None,
+        output: torch.Tensor,
+    ) -> None:
+        # One segment at these shapes, so no workspace.
+        linear(x, weight, None, None, None, None, residual, activation, output, None, self.num_rows)
+
+
+def time_step(load: Load, bandwidth: float) -> dict:
+    """A joint step as one graph; bytes are those of the weights."""
+    step = JointStep(LLAMA_3_2_1B, load)
+    seconds = median_seconds([step.run])
+    if not (step.scores.isfinite().all() and (step.picked.index >= 0).all()):
+        raise RuntimeError("the step computed something that is not finite")
+    floor = step.weight_bytes / bandwidth
+    row = {
+        "kernel": "joint step", "rows": load.rows, "prefix": load.prefix, "us": round(1e6 * seconds, 1),
+        "floor us": round(1e6 * floor, 1), "% of floor": round(100 * floor / seconds, 1),
+    }  # fmt: skip
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checks-only", action="store_true")
+    parser.add_argument("--prefix", type=int, nargs="+", default=[512, 4096])
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--output", help="write all figures to this JSON file")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit(
+            "no CUDA device: expected one, since this script runs the kernels (bench/kernel_resources.py does not)"
+        )
+    start = time.monotonic()
+    torch.manual_seed(0)
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    print(json.dumps(machine))
+    correct = run_checks() & run_bit_checks()
+    print(f"checks: {'all ok' if correct else 'NOT ALL OK'} after {time.monotonic() - start:.0f} s", flush=True)
+    rows = []
+    if not arguments.checks_only:
+        bandwidth = copy_bandwidth()
+        machine["copy GB/s"] = round(bandwidth / 1e9, 1)
+        print(json.dumps(machine))
+        for prefix in arguments.prefix:
+            for sequences in arguments.sequences:
+                load = Load(sequences=sequences, prefix=prefix)
+                rows += time_kernels(load, bandwidth)
+                rows.append(time_step(load, bandwidth))
+    if arguments.output:
+        with open(arguments.output, "w", encoding="utf-8") as file:
+            json.dump({"machine": machine, "correct": correct, "rows": rows}, file, indent=1)
+    sys.exit(not correct)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Launches of every Triton kernel at the shapes of a model, for the resource table, the checks and the timings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from llm2_fast import kernel_ops, ops, reference
+
+_BLOCK_SIZE = 16
+
+
+class Shape(NamedTuple):
+    """A decoder of the Llama family."""
+
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_layers: int = 16
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 64
+    vocab_size: int = 128_256
+
+    @property
+    def qkv_size(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+LLAMA_3_2_1B = Shape()
+
+
+class Load(NamedTuple):
+    """What a step meets: `sequences` with `prefix` committed positions and `branches` candidates each."""
+
+    sequences: int = 1
+    branches: int = 8
+    prefix: int = 512
+    max_candidates: int = 32
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.branches
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of an op.
+
+    Attributes:
+        name: Of the op, and of the layer's part for `linear`.
+        op: On CUDA tensors.
+        reference: The same in torch.
+        arguments: On the device the launches were made for.
+        bytes: Fewest that must be moved: inputs read once, outputs written once.
+        flops: Of matrix products.
+        mutated: Indices of arguments that the op writes.
+    """
+
+    name: str
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    arguments: tuple
+    bytes: int
+    flops: int = 0
+    mutated: tuple[int, ...] = ()
+
+    def run(self) -> Any:
+        return self.op(*self.arguments)
+
+
+class Maker:
+    """Tensors on a device: random ones, or on "meta" only their shapes."""
+
+    def __init__(self, device: str, seed: int = 0) -> None:
+        self.device = torch.device(device)
+        self._generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+        if self._generator is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        return (torch.randn(shape, generator=self._generator, device=self.device) * scale).to(dtype)
+
+    def full(self, *shape: int, value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.full(shape, value, dtype=dtype, device=self.device)
+
+    def int32(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32).to(self.device)
+
+
+def size_of(*tensors: Any) -> int:
+    """Bytes of tensors."""
+    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor))
+
+
+def launches(device: str, dtype: torch.dtype, shape: Shape, load: Load) -> Iterator[Launch]:
+    """Every kernel once, in the order of a step."""
+    make = Maker(device)
+    yield from _selection(make, dtype, shape, load)
+    yield pick_launch(make, load.sequences, load.max_candidates)
+    yield _attention(make, dtype, shape, load)
+    yield from _linears(make, dtype, shape, load.rows)
+    yield from _small(make, dtype, shape, load)
+    yield _commit(make, dtype, shape, load)
+    yield _pairwise(make)
+
+
+def _selection(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Iterator[Launch]:
+    batch, width = load.sequences, load.max_candidates
+    options = (make.full(batch, value=math.log(0.1)), make.full(batch, value=0, dtype=torch.int32), width)
+    logits = make.randn(batch, shape.vocab_size, dtype=dtype, scale=3.0)
+    written = batch * width * 8
+    yield Launch(
+        "select_candidates", ops._select_candidates_cuda, reference.select_candidates, (logits, *options),
+        size_of(logits) + written,
+    )  # fmt: skip
+    hidden_states = make.randn(batch, shape.hidden_size, dtype=dtype)
+    weight = make.randn(shape.vocab_size, shape.hidden_size, dtype=dtype, scale=3.0 / shape.hidden_size**0.5)
+    yield Launch(
+        "lm_head_select", kernel_ops._lm_head_select_cuda, reference.lm_head_select, (hidden_states, weight, *options),
+        size_of(hidden_states, weight) + written, 2 * batch * weight.numel(),
+    )  # fmt: skip
+
+
+def pick_launch(make: Maker, batch: int, width: int) -> Launch:
+    """`adjust_and_pick` with every processor on."""
+    ids = make.int32([list(range(width))] * batch)
+    arguments = (
+        ids, make.randn(batch, width), make.full(batch, value=width, dtype=torch.int32), make.randn(batch, width),
+        make.full(batch, value=0.25), make.full(batch, width, value=1, dtype=torch.bool), make.full(batch, value=1.1),
+        make.full(batch, value=0.7), make.full(batch, value=20, dtype=torch.int32), make.full(batch, value=0.9),
+        make.full(batch, value=-4.0), make.full(batch, value=1, dtype=torch.int64),
+        *(make.full(batch, value=step, dtype=torch.int32) for step in (3, 0, 7)),
+        make.full(batch, 2, value=-1, dtype=torch.int32),
+    )  # fmt: skip
+    moved = size_of(*arguments) + batch * width * 4
+    return Launch("adjust_and_pick", ops._adjust_and_pick_cuda, reference.adjust_and_pick, arguments, moved)
+
+
+def _rows(make: Maker, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequence and prefix length of each row."""
+    sequences = [row // load.branches for row in range(load.rows)]
+    return make.int32(sequences), make.full(load.rows, value=load.prefix, dtype=torch.int32)
+
+
+def _block_table(make: Maker, load: Load) -> tuple[torch.Tensor, int]:
+    """Tables for the prefix and one block more, and the number of blocks."""
+    per_sequence = -(-load.prefix // _BLOCK_SIZE) + 1
+    blocks = list(range(load.sequences * per_sequence))
+    table = [blocks[i :: load.sequences] for i in range(load.sequences)]  # interleaved, as they would be after a while
+    return make.int32(table), len(blocks)
+
+
+def _attention(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Launch:
+    row_sequence, row_prefix_length = _rows(make, load)
+    table, num_blocks = _block_table(make, load)
+    cache = (num_blocks, shape.num_kv_heads, _BLOCK_SIZE, shape.head_dim)
+    query = make.randn(load.rows, shape.num_heads, shape.head_dim, dtype=dtype)
+    own = [make.randn(load.rows, shape.num_kv_heads, shape.head_dim, dtype=dtype) for _ in range(2)]
+    arguments = (
+        query, make.randn(*cache, dtype=dtype), make.randn(*cache, dtype=dtype), table, row_sequence,
+        row_prefix_length, make.full(load.rows, value=1, dtype=torch.bool), *own, shape.head_dim**-0.5, 0,
+    )  # fmt: skip
+    positions = load.sequences * load.prefix
+    prefix = 2 * positions * shape.num_kv_heads * shape.head_dim * query.element_size()
+    flops = 4 * load.rows * load.prefix * shape.num_heads * shape.head_dim
+    moved = prefix + 2 * size_of(query) + size_of(*own)
+    return Launch("branch_attention", ops._branch_attention_cuda, reference.branch_attention, arguments, moved, flops)
+
+
+def _linears(make: Maker, dtype: torch.dtype, shape: Shape, rows: int) -> Iterator[Launch]:
+    hidden, intermediate = shape.hidden_size, shape.intermediate_size
+    parts = (
+        ("qkv", shape.qkv_size, hidden, None, False, 0),
+        ("o", hidden, shape.num_heads * shape.head_dim, None, True, 0),
+        ("gate_up", 2 * intermediate, hidden, "silu_mul", False, 0),
+        ("down", hidden, intermediate, None, True, 0),
+        ("gate_up, LoRA", 2 * intermediate, hidden, "silu_mul", False, 32),
+    )
+    for name, num_weight_rows, in_features, activation, residual, rank in parts:
+        out_features = num_weight_rows if activation is None else num_weight_rows // 2
+        x = make.randn(rows, in_features, dtype=dtype)
+        weight = make.randn(num_weight_rows, in_features, dtype=dtype, scale=in_features**-0.5)
+        arguments = (
+            x, weight, None, make.randn(rows, rank, dtype=dtype) if rank else None,
+            make.randn(num_weight_rows, rank, dtype=dtype) if rank else None,
+            make.full(rows, value=1, dtype=torch.bool) if rank else None,
+            make.randn(rows, out_features) if residual else None, activation,
+            None if activation else torch.float32,
+        )  # fmt: skip
+        written = rows * out_features * (x.element_size() if activation else 4)
+        yield Launch(
+            f"linear ({name})", kernel_ops._linear_cuda, reference.linear, arguments, size_of(*arguments) + written,
+            2 * rows * weight.numel(),
+        )  # fmt: skip
+
+
+def _small(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Iterator[Launch]:
+    rows, hidden = load.rows, shape.hidden_size
+    stream, weight = make.randn(rows, hidden), make.randn(hidden)
+    written = rows * hidden * dtype.itemsize
+    yield Launch(
+        "rms_norm", kernel_ops._rms_norm_cuda, reference.rms_norm, (stream, weight, 1e-5, dtype),
+        size_of(stream, weight) + written,
+    )  # fmt: skip
+    x = make.randn(rows, hidden, dtype=dtype)
+    yield Launch(
+        "add_rms_norm", kernel_ops._add_rms_norm_cuda, reference.add_rms_norm, (x, stream, weight, 1e-5),
+        2 * size_of(x, stream) + size_of(weight),
+    )  # fmt: skip
+    row_sequence, row_position = _rows(make, load)
+    table, num_blocks = _block_table(make, load)
+    cache = (num_blocks, shape.num_kv_heads, _BLOCK_SIZE, shape.head_dim)
+    angles = make.randn(rows, shape.head_dim // 2)
+    arguments = (
+        make.randn(rows, shape.qkv_size), angles.cos(), angles.sin(), make.randn(shape.head_dim),
+        make.randn(shape.head_dim), 1e-6, shape.num_heads, make.randn(*cache, dtype=dtype),
+        make.randn(*cache, dtype=dtype), table, row_sequence, row_position, make.full(rows, value=0, dtype=torch.bool),
+    )  # fmt: skip
+    yield Launch(
+        "rope_and_store", kernel_ops._rope_and_store_cuda, reference.rope_and_store, arguments,
+        size_of(*arguments[:3]) + rows * shape.qkv_size * dtype.itemsize, mutated=(7, 8),
+    )  # fmt: skip
+    gates = make.randn(rows, 2 * shape.intermediate_size, dtype=dtype)
+    for name in ("silu_mul", "gelu_tanh_mul"):
+        yield Launch(
+            name, getattr(kernel_ops, f"_{name}_cuda"), getattr(reference, name), (gates,), size_of(gates) * 3 // 2
+        )
+    units = 256
+    for name, arguments in (
+        ("linear", (x, None, None, make.randn(hidden, scale=hidden**-0.5), 0.0)),
+        ("256 units", (x, make.randn(units, hidden, scale=hidden**-0.5), make.randn(units), make.randn(units), 0.0)),
+    ):
+        yield Launch(
+            f"score_head ({name})", kernel_ops._score_head_cuda, reference.score_head, arguments,
+            size_of(*arguments) + 4 * rows,
+        )  # fmt: skip
+
+
+def _commit(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Launch:
+    row_sequence, row_position = _rows(make, load)
+    table, num_blocks = _block_table(make, load)
+    own = [make.randn(shape.num_layers, load.rows, shape.num_kv_heads, shape.head_dim, dtype=dtype) for _ in range(2)]
+    cache = (shape.num_layers, num_blocks, shape.num_kv_heads, _BLOCK_SIZE, shape.head_dim)
+    arguments = (
+        make.full(load.sequences, value=load.branches - 1, dtype=torch.int32),
+        make.int32(list(range(0, load.rows, load.branches))), row_sequence, row_position, *own,
+        make.randn(load.rows, shape.hidden_size, dtype=dtype), table,
+        make.randn(*cache, dtype=dtype), make.randn(*cache, dtype=dtype),
+        make.randn(load.sequences, shape.hidden_size, dtype=dtype),
+        make.full(load.sequences, value=load.prefix, dtype=torch.int32),
+    )  # fmt: skip
+    per_sequence = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim + shape.hidden_size
+    moved = 2 * load.sequences * per_sequence * dtype.itemsize
+    return Launch("commit", kernel_ops._commit_cuda, reference.commit, arguments, moved, mutated=(8, 9, 10, 11))
+
+
+def _pairwise(make: Maker) -> Launch:
+    num_positives, num_pairs = 1000, 5000
+    position = torch.arange(num_pairs) * num_positives // num_pairs
+    arguments = (make.randn(num_positives), make.randn(num_pairs), position.to(make.device))
+    moved = size_of(*arguments) + size_of(*arguments[:2])
+    return Launch("pairwise_loss", kernel_ops._pairwise_loss_cuda, kernel_ops._pairwise_loss_cpu, arguments, moved)

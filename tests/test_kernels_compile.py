@@ -1,0 +1,57 @@
+"""The Triton kernels compiled for GPUs that are not here: matrix instructions, registers, spills, shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # per program, at most
+# Per thread, of kernels that hold a tile of results; the others need few.
+MOST_REGISTERS = {"partial_kernel": 208, "linear_kernel": 160, "merge_kernel": 112, "units_kernel": 112}
+OTHER_REGISTERS = 96
+DOTS = {"partial_kernel", "lm_head_kernel", "linear_kernel"}
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def compile_all(arch: int, dtype: str, cache: Path) -> list[dict]:
+    """Resources of every kernel at the shapes of Llama-3.2-1B, in an interpreter that compiles."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, ROOT / "bench" / "kernel_resources.py", "--json", f"--arch={arch}", f"--dtype={dtype}"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [
+        (90, "bfloat16"),
+        (80, "float32"),
+        pytest.param(90, "float32", marks=pytest.mark.gpu_compile),
+        pytest.param(90, "float16", marks=pytest.mark.gpu_compile),
+        pytest.param(80, "bfloat16", marks=pytest.mark.gpu_compile),
+        pytest.param(80, "float16", marks=pytest.mark.gpu_compile),
+    ],
+)
+def test_resources(arch: int, dtype: str, tmp_path: Path) -> None:
+    compiled = compile_all(arch, dtype, tmp_path)
+    every = set().union(*({kernel["launch"].split()[0]} for kernel in compiled))
+    assert every >= {"select_candidates", "adjust_and_pick", "branch_attention", "linear", "commit", "pairwise_loss"}
+    for kernel in compiled:
+        assert kernel["local_bytes"] == 0, kernel  # neither spills nor stack
+        assert kernel["registers"] <= MOST_REGISTERS.get(kernel["kernel"], OTHER_REGISTERS), kernel
+        assert kernel["shared_bytes"] <= SHARED_BYTES[arch], kernel
+        assert "tf32" not in kernel["instructions"], kernel
+        is_dot = kernel["kernel"] in DOTS and not kernel["launch"].startswith("select_candidates")
+        assert bool(kernel["instructions"]) == (is_dot and dtype != "float32"), kernel
+        # The bits of a row must not depend on how many rows there are, so on the shape of the programs.
+        if kernel["kernel"] == "linear_kernel" and dtype != "float32":
+            assert kernel["instructions"] == ["mma.sync"], kernel
