@@ -88,6 +88,7 @@ void Decoder::Workspace::reserve(const DecoderWeights& weights, int64_t rows, in
   const int64_t element = size_of(spec.dtype), layers = static_cast<int64_t>(weights.layers.size());
   const int64_t kv_size = spec.num_kv_heads * spec.head_dim, q_size = spec.num_heads * spec.head_dim;
   rows = std::max(rows, capacity);
+  capacity = 0;  // until all buffers are there
   features_stride = std::max(features_stride, head_features);
   gated_stride = round_up_to_even(spec.intermediate_size);
   lora_stride = 0;
