@@ -1,5 +1,5 @@
-// A tensor argument of a Python call: takes over a DLPack capsule and checks what is in it. The std::invalid_argument of
-// a failed check becomes ValueError in Python.
+// A tensor argument of a Python call: takes over a DLPack capsule and checks what is in it. The std::invalid_argument
+// of a failed check becomes ValueError in Python.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -41,7 +41,7 @@ void CheckedDecoder::plain_step(const PagedCache& cache, const DecoderRows& pend
   check_rows(cache, pending, spec().vocab_size);
   check_step(cache, batch, num_threads);
   require_equal("max_candidates", batch.select.max_candidates, 1);
-  require_equal("pick_width", batch.pick.max_candidates, spec().vocab_size);
+  require_equal("max_candidates of pick", batch.pick.max_candidates, spec().vocab_size);
   const std::lock_guard<std::mutex> turn(mutex_);
   slots_.clear();
   llm2_fast::plain_step(decoder_, cache, pending, batch, num_threads);
@@ -50,7 +50,7 @@ void CheckedDecoder::plain_step(const PagedCache& cache, const DecoderRows& pend
 void CheckedDecoder::joint_step(const PagedCache& cache, const ScoreHead& head, const AdaptedBranches* adapted,
                                 StepBatch batch, int num_threads) {
   check_step(cache, batch, num_threads);
-  require_equal("pick_width", batch.pick.max_candidates, batch.select.max_candidates);
+  require_equal("max_candidates of pick", batch.pick.max_candidates, batch.select.max_candidates);
   if (batch.scores == nullptr) throw argument_error("scores", "a tensor", "none");
   check_head(head, weights());
   for (int64_t b = 0; b < batch.size; ++b) {

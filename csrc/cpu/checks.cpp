@@ -1,5 +1,8 @@
 #include "llm2_fast/checks.h"
 
+#include <algorithm>
+#include <vector>
+
 namespace llm2_fast {
 
 std::invalid_argument argument_error(const std::string& name, const std::string& expected, const std::string& got) {
@@ -18,6 +21,13 @@ void require_index(const std::string& name, int64_t value, int64_t size) {
   if (value < 0 || value >= size) {
     throw argument_error(name, "indices in [0, " + std::to_string(size) + ")", std::to_string(value));
   }
+}
+
+void require_distinct(const std::string& name, const int32_t* values, int64_t count) {
+  std::vector<int32_t> sorted(values, values + count);
+  std::sort(sorted.begin(), sorted.end());
+  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+  if (twice != sorted.end()) throw argument_error(name, "distinct numbers", std::to_string(*twice) + " twice");
 }
 
 void check_attention_rows(const BranchAttentionArgs& args, int64_t rows, int64_t num_sequences, int64_t max_blocks,
@@ -83,6 +93,24 @@ void check_blocks(const PagedCache& cache, int64_t slot, int64_t length) {
   for (int64_t block = 0; block * cache.block_size < length; ++block) {
     require_index("block_table", cache.block_table[slot * cache.block_table_row_stride + block], cache.num_blocks);
   }
+}
+
+void check_order(const DecoderRows& rows) {
+  std::vector<int32_t> runs;  // their slots
+  int64_t last_stored = 0;    // its position
+  for (int64_t i = 0; i < rows.count; ++i) {
+    if (i == 0 || rows.slots[i] != rows.slots[i - 1]) {
+      runs.push_back(rows.slots[i]);
+      last_stored = INT64_MIN;
+    }
+    if (!rows.stored[i]) continue;
+    if (rows.positions[i] <= last_stored) {
+      throw argument_error("positions", "stored rows of a slot in ascending order",
+                           std::to_string(rows.positions[i]) + " after " + std::to_string(last_stored));
+    }
+    last_stored = rows.positions[i];
+  }
+  require_distinct("slots of runs of rows", runs.data(), static_cast<int64_t>(runs.size()));
 }
 
 void check_rows(const PagedCache& cache, const DecoderRows& rows, int64_t vocab_size) {

@@ -116,7 +116,7 @@ void test_gates(Isa isa) {
     current_case = std::string(activation == Epilogue::kSiluMul ? "silu " : "gelu_tanh ") + isa_name(isa);
     std::vector<float> output(gate.size());
     LinearArgs args = {};
-    args.weights = {packed.packed(), packed.depth(), input.data(), packed.depth()};
+    args.weights = {packed.panels(), input.data(), packed.depth()};
     args.rows = 1;
     args.out_features = args.output_stride = size;
     args.epilogue = activation;

@@ -3,7 +3,7 @@
 // The functions know pointers, shapes and strides, nothing of Python or torch. They trust their arguments: the caller
 // has checked shapes, index ranges and that outputs overlap nothing. The caller owns every buffer. Strides count
 // elements; where no stride is given, the dimension is contiguous. Every call works on the rows [begin, end) only, and
-// a row's result does not depend on that range, so that ranges can go to different threads.
+// a row's result does not depend on that range, so that ranges can go to different threads; with `num_threads` they do.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +35,9 @@ struct SelectCandidatesArgs {
   bool* cut;                // [B]
 };
 
-// The plausible set of each row (LLM2, equation 1), ordered by (logit descending, id ascending). Uses no heap memory.
-void select_candidates(const SelectCandidatesArgs& args, RowRange rows, Isa isa);
+// The plausible set of each row (LLM2, equation 1), ordered by (logit descending, id ascending). On one thread uses no
+// heap memory; on several throws std::bad_alloc.
+void select_candidates(const SelectCandidatesArgs& args, RowRange rows, Isa isa, int num_threads = 1);
 
 struct AdjustAndPickArgs {
   int64_t max_candidates;  // K >= 1; the whole vocabulary in plain decoding
@@ -83,7 +84,7 @@ static inline bool is_eos(const AdjustAndPickArgs& args, int64_t row, int32_t to
 }
 
 // Adjusted logits (LLM2, equation 3), processors and the pick. Throws std::bad_alloc.
-void adjust_and_pick(const AdjustAndPickArgs& args, RowRange rows, Isa isa);
+void adjust_and_pick(const AdjustAndPickArgs& args, RowRange rows, Isa isa, int num_threads = 1);
 
 struct BranchAttentionArgs {
   int64_t num_heads;  // a multiple of num_kv_heads
@@ -123,6 +124,6 @@ static inline int64_t first_visible(const BranchAttentionArgs& args, int64_t row
 
 // Attention of rows to the paged prefix of their sequence and to themselves. Consecutive rows of one sequence read it
 // together. Throws std::bad_alloc.
-void branch_attention(const BranchAttentionArgs& args, RowRange rows, Isa isa);
+void branch_attention(const BranchAttentionArgs& args, RowRange rows, Isa isa, int num_threads = 1);
 
 }  // namespace llm2_fast
