@@ -34,7 +34,7 @@ build/cpp-test build/cpp-address build/cpp-thread: $(VENV)/.build-tools
 	$(BIN)/cmake -S . -B $@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLLM2_FAST_TESTS=ON -DLLM2_FAST_SANITIZE=$(SANITIZE)
 	$(BIN)/cmake --build $@
-	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error --timeout 120
+	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error --timeout 600
 
 bench: $(VENV)/.demo-model ## Run the benchmarks.
 	$(BIN)/python -m pytest bench --benchmark-only --timeout 1800 $(PYTEST_ARGS)

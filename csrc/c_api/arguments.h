@@ -36,10 +36,14 @@ Struct read_struct(const std::string& name, const Struct* given) {
   return known;
 }
 
+inline void require_at_most(const std::string& name, int64_t value, int64_t maximum) {
+  if (value > maximum) throw argument_error(name, "<= " + std::to_string(maximum), std::to_string(value));
+}
+
 // A size or number that indices of 32 bits can count to.
 inline void require_size(const std::string& name, int64_t value, int64_t minimum) {
   require_at_least(name, value, minimum);
-  if (value > INT32_MAX) throw argument_error(name, "below 2^31", std::to_string(value));
+  require_at_most(name, value, INT32_MAX);
 }
 
 inline void require_positive(const std::string& name, float value) {
@@ -70,16 +74,21 @@ inline void require_stride_or_zero(const std::string& name, int64_t stride, int6
   if (stride != 0) require_stride(name, stride, minimum, count);
 }
 
-inline DType read_dtype(const std::string& name, llm2_fast_dtype dtype) {
-  if (dtype == LLM2_FAST_FLOAT32) return DType::kFloat32;
-  if (dtype == LLM2_FAST_BFLOAT16) return DType::kBFloat16;
-  throw argument_error(name, "LLM2_FAST_FLOAT32 or LLM2_FAST_BFLOAT16", std::to_string(dtype));
-}
+// Where the arrays lie that arguments point to. The ops on the CPU do not know float16.
+enum class Device { kCpu, kCuda };
+
+DType read_dtype(const std::string& name, llm2_fast_dtype dtype, Device device = Device::kCpu);
 
 // Options and outputs of a selection, without what describes the logits.
 SelectCandidatesArgs read_selection(const llm2_fast_select_candidates_args& args);
 
 // Options and outputs of a pick, without what describes the candidates.
 AdjustAndPickArgs read_pick(const llm2_fast_adjust_and_pick_args& args);
+
+// All arguments of an op.
+SelectCandidatesArgs read_args(const llm2_fast_select_candidates_args& args, Device device);
+AdjustAndPickArgs read_args(const llm2_fast_adjust_and_pick_args& args);
+BranchAttentionArgs read_args(const llm2_fast_branch_attention_args& args);
+CommitArgs read_args(const llm2_fast_commit_args& args, Device device);
 
 }  // namespace llm2_fast

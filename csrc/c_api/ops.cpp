@@ -1,215 +1,37 @@
-// The ops of the C API.
-#include <algorithm>
-
+// The ops of the C API on the CPU.
 #include "arguments.h"
 #include "status.h"
 
-namespace llm2_fast {
-
-SelectCandidatesArgs read_selection(const llm2_fast_select_candidates_args& args) {
-  const int64_t batch = args.batch_size;
-  require_size("batch_size", batch, 0);
-  require_size("max_candidates", args.max_candidates, 1);
-  require_pointer("log_alpha", args.log_alpha, batch);
-  require_pointer("candidate_top_k", args.candidate_top_k, batch);
-  require_pointer("ids", args.ids, batch);
-  require_pointer("candidate_logits", args.candidate_logits, batch);
-  require_pointer("count", args.count, batch);
-  require_pointer("logsumexp", args.logsumexp, batch);
-  require_pointer("cut", args.cut, batch);
-
-  SelectCandidatesArgs read = {};
-  read.max_candidates = args.max_candidates;
-  read.log_alpha = args.log_alpha;
-  read.candidate_top_k = args.candidate_top_k;
-  read.ids = args.ids;
-  read.candidate_logits = args.candidate_logits;
-  read.count = args.count;
-  read.logsumexp = args.logsumexp;
-  read.cut = args.cut;
-  return read;
-}
-
-AdjustAndPickArgs read_pick(const llm2_fast_adjust_and_pick_args& args) {
-  const int64_t batch = args.batch_size;
-  require_size("batch_size", batch, 0);
-  require_size("max_candidates", args.max_candidates, 1);
-  require_size("num_eos", args.num_eos, 0);
-  require_pointer("beta", args.beta, batch);
-  require_pointer("repetition_penalty", args.repetition_penalty, batch);
-  require_pointer("temperature", args.temperature, batch);
-  require_pointer("top_k", args.top_k, batch);
-  require_pointer("top_p", args.top_p, batch);
-  require_pointer("log_min_p", args.log_min_p, batch);
-  require_pointer("seed", args.seed, batch);
-  require_pointer("step", args.step, batch);
-  require_pointer("sample_index", args.sample_index, batch);
-  require_pointer("request_id", args.request_id, batch);
-  require_pointer("eos_token_ids", args.eos_token_ids, batch * args.num_eos);
-  require_stride_or_zero("eos_token_ids_row_stride", args.eos_token_ids_row_stride, args.num_eos, batch);
-  require_pointer("index", args.index, batch);
-  require_pointer("token", args.token, batch);
-  require_pointer("logprob", args.logprob, batch);
-  require_pointer("system1_index", args.system1_index, batch);
-  require_pointer("adjusted", args.adjusted, batch);
-  require_pointer("finished", args.finished, batch);
-
-  AdjustAndPickArgs read = {};
-  read.max_candidates = args.max_candidates;
-  read.num_eos = args.num_eos;
-  read.beta = args.beta;
-  read.repetition_penalty = args.repetition_penalty;
-  read.temperature = args.temperature;
-  read.top_k = args.top_k;
-  read.top_p = args.top_p;
-  read.log_min_p = args.log_min_p;
-  read.seed = args.seed;
-  read.step = args.step;
-  read.sample_index = args.sample_index;
-  read.request_id = args.request_id;
-  read.eos_token_ids = args.eos_token_ids;
-  read.eos_token_ids_row_stride = args.eos_token_ids_row_stride;
-  read.index = args.index;
-  read.token = args.token;
-  read.logprob = args.logprob;
-  read.system1_index = args.system1_index;
-  read.adjusted = args.adjusted;
-  read.finished = args.finished;
-  return read;
-}
+using namespace llm2_fast;
 
 namespace {
 
-SelectCandidatesArgs read_all(const llm2_fast_select_candidates_args& args) {
-  SelectCandidatesArgs read = read_selection(args);
-  require_size("vocab_size", args.vocab_size, 1);
-  read.vocab_size = args.vocab_size;
-  read.dtype = read_dtype("dtype", args.dtype);
-  require_pointer("logits", static_cast<const char*>(args.logits), args.batch_size,
-                  static_cast<size_t>(size_of(read.dtype)));
-  require_stride("logits_row_stride", args.logits_row_stride, args.vocab_size, args.batch_size);
-  read.logits = args.logits;
-  read.logits_row_stride = args.logits_row_stride;
-  return read;
-}
-
-AdjustAndPickArgs read_all(const llm2_fast_adjust_and_pick_args& args) {
-  AdjustAndPickArgs read = read_pick(args);
-  const int64_t batch = args.batch_size, width = args.max_candidates;
-  require_pointer("candidate_ids", args.candidate_ids, batch);
-  require_stride_or_zero("candidate_ids_row_stride", args.candidate_ids_row_stride, width, batch);
-  require_pointer("candidate_logits", args.candidate_logits, batch);
-  require_stride("candidate_logits_row_stride", args.candidate_logits_row_stride, width, batch);
-  require_pointer("count", args.count, batch);
-  if (args.scores != nullptr) require_stride("scores_row_stride", args.scores_row_stride, width, batch);
-  if (args.seen != nullptr) require_stride("seen_row_stride", args.seen_row_stride, width, batch);
-  read.candidate_ids = args.candidate_ids;
-  read.candidate_ids_row_stride = args.candidate_ids_row_stride;
-  read.candidate_logits = args.candidate_logits;
-  read.candidate_logits_row_stride = args.candidate_logits_row_stride;
-  read.count = args.count;
-  read.scores = args.scores;
-  read.scores_row_stride = args.scores_row_stride;
-  read.seen = args.seen;
-  read.seen_row_stride = args.seen_row_stride;
-  return read;
-}
-
-void check_attention_sizes(const llm2_fast_branch_attention_args& args) {
-  require_size("num_rows", args.num_rows, 0);
-  require_size("num_sequences", args.num_sequences, 0);
-  require_size("max_blocks", args.max_blocks, 0);
-  require_size("num_blocks", args.num_blocks, 0);
-  require_size("num_kv_heads", args.num_kv_heads, 1);
-  require_size("num_heads", args.num_heads, 1);
-  require_size("head_dim", args.head_dim, 1);
-  require_size("block_size", args.block_size, 1);
-  require_size("sliding_window", args.sliding_window, 0);
-  if (args.num_heads % args.num_kv_heads != 0) {
-    throw argument_error("num_heads", "a multiple of num_kv_heads = " + std::to_string(args.num_kv_heads),
-                         std::to_string(args.num_heads));
+// What a commit reads and writes lies inside of the cache.
+void check_commit_indices(const llm2_fast_commit_args& args) {
+  PagedCache cache = {};
+  cache.num_blocks = args.num_blocks;
+  cache.block_size = args.block_size;
+  cache.num_slots = args.num_slots;
+  cache.max_blocks = args.max_blocks;
+  cache.block_table = args.block_table;
+  cache.block_table_row_stride = args.block_table_row_stride;
+  require_distinct("slots", args.slots, args.batch_size);
+  for (int64_t b = 0; b < args.batch_size; ++b) {
+    if (args.index[b] < 0) continue;
+    require_at_least("first_row", args.first_row[b], 0);
+    require_index("first_row + index", int64_t{args.first_row[b]} + args.index[b], args.num_rows);
+    check_slot(cache, args.slots[b]);
+    require_at_least("lengths", args.lengths[args.slots[b]], 0);
+    check_blocks(cache, args.slots[b], int64_t{args.lengths[args.slots[b]]} + 1);
   }
 }
 
-void check_attention_tensors(const llm2_fast_branch_attention_args& args, size_t element) {
-  const int64_t rows = args.num_rows, blocks = args.num_blocks, dim = args.head_dim;
-  const auto tensor = [&](const char* name, const void* data, int64_t count) {
-    require_pointer(name, static_cast<const char*>(data), count, element);
-  };
-  tensor("query", args.query, rows);
-  require_stride("query_row_stride", args.query_row_stride, dim, rows);
-  require_stride("query_head_stride", args.query_head_stride, dim, args.num_heads);
-  tensor("key_cache", args.key_cache, blocks);
-  require_stride("key_block_stride", args.key_block_stride, dim, blocks);
-  require_stride("key_head_stride", args.key_head_stride, dim, args.num_kv_heads);
-  require_stride("key_position_stride", args.key_position_stride, dim, args.block_size);
-  tensor("value_cache", args.value_cache, blocks);
-  require_stride("value_block_stride", args.value_block_stride, dim, blocks);
-  require_stride("value_head_stride", args.value_head_stride, dim, args.num_kv_heads);
-  require_stride("value_position_stride", args.value_position_stride, dim, args.block_size);
-  require_pointer("block_table", args.block_table, args.num_sequences * args.max_blocks);
-  require_stride("block_table_row_stride", args.block_table_row_stride, args.max_blocks, args.num_sequences);
-  require_pointer("row_sequence", args.row_sequence, rows);
-  require_pointer("row_prefix_length", args.row_prefix_length, rows);
-  require_pointer("row_has_own", args.row_has_own, rows);
-  const int64_t own = std::count_if(args.row_has_own, args.row_has_own + rows, [](uint8_t flag) { return flag != 0; });
-  tensor("own_key", args.own_key, own);
-  require_stride("own_key_row_stride", args.own_key_row_stride, dim, rows);
-  require_stride("own_key_head_stride", args.own_key_head_stride, dim, args.num_kv_heads);
-  tensor("own_value", args.own_value, own);
-  require_stride("own_value_row_stride", args.own_value_row_stride, dim, rows);
-  require_stride("own_value_head_stride", args.own_value_head_stride, dim, args.num_kv_heads);
-  tensor("output", args.output, rows);
-}
-
-BranchAttentionArgs read_all(const llm2_fast_branch_attention_args& args) {
-  check_attention_sizes(args);
-  BranchAttentionArgs read = {};
-  read.dtype = read_dtype("dtype", args.dtype);
-  check_attention_tensors(args, static_cast<size_t>(size_of(read.dtype)));
-  read.num_heads = args.num_heads;
-  read.num_kv_heads = args.num_kv_heads;
-  read.head_dim = args.head_dim;
-  read.block_size = args.block_size;
-  read.query = args.query;
-  read.query_row_stride = args.query_row_stride;
-  read.query_head_stride = args.query_head_stride;
-  read.key_cache = args.key_cache;
-  read.key_block_stride = args.key_block_stride;
-  read.key_head_stride = args.key_head_stride;
-  read.key_position_stride = args.key_position_stride;
-  read.value_cache = args.value_cache;
-  read.value_block_stride = args.value_block_stride;
-  read.value_head_stride = args.value_head_stride;
-  read.value_position_stride = args.value_position_stride;
-  read.block_table = args.block_table;
-  read.block_table_row_stride = args.block_table_row_stride;
-  read.row_sequence = args.row_sequence;
-  read.row_prefix_length = args.row_prefix_length;
-  read.row_has_own = args.row_has_own;
-  read.own_key = args.own_key;
-  read.own_key_row_stride = args.own_key_row_stride;
-  read.own_key_head_stride = args.own_key_head_stride;
-  read.own_value = args.own_value;
-  read.own_value_row_stride = args.own_value_row_stride;
-  read.own_value_head_stride = args.own_value_head_stride;
-  read.scale = args.scale;
-  read.sliding_window = args.sliding_window;
-  read.output = args.output;
-  check_attention_rows(read, args.num_rows, args.num_sequences, args.max_blocks, args.num_blocks);
-  return read;
-}
-
 }  // namespace
-}  // namespace llm2_fast
-
-using namespace llm2_fast;
-
 llm2_fast_status llm2_fast_select_candidates(const llm2_fast_select_candidates_args* args, int32_t num_threads) {
   return guarded([&] {
     const auto given = read_struct("args", args);
     require_at_least("num_threads", num_threads, 1);
-    select_candidates(read_all(given), {0, given.batch_size}, active_isa(), num_threads);
+    select_candidates(read_args(given, Device::kCpu), {0, given.batch_size}, active_isa(), num_threads);
   });
 }
 
@@ -217,7 +39,7 @@ llm2_fast_status llm2_fast_adjust_and_pick(const llm2_fast_adjust_and_pick_args*
   return guarded([&] {
     const auto given = read_struct("args", args);
     require_at_least("num_threads", num_threads, 1);
-    adjust_and_pick(read_all(given), {0, given.batch_size}, active_isa(), num_threads);
+    adjust_and_pick(read_args(given), {0, given.batch_size}, active_isa(), num_threads);
   });
 }
 
@@ -225,6 +47,15 @@ llm2_fast_status llm2_fast_branch_attention(const llm2_fast_branch_attention_arg
   return guarded([&] {
     const auto given = read_struct("args", args);
     require_at_least("num_threads", num_threads, 1);
-    branch_attention(read_all(given), {0, given.num_rows}, active_isa(), num_threads);
+    branch_attention(read_args(given), {0, given.num_rows}, active_isa(), num_threads);
+  });
+}
+
+llm2_fast_status llm2_fast_commit(const llm2_fast_commit_args* args) {
+  return guarded([&] {
+    const auto given = read_struct("args", args);
+    const CommitArgs read = read_args(given, Device::kCpu);
+    check_commit_indices(given);
+    commit(read, {0, given.batch_size});
   });
 }

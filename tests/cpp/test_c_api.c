@@ -46,6 +46,7 @@ static const char* current_case = "";
 ENDS_WITH(llm2_fast_select_candidates_args, cut);
 ENDS_WITH(llm2_fast_adjust_and_pick_args, finished);
 ENDS_WITH(llm2_fast_branch_attention_args, output);
+ENDS_WITH(llm2_fast_commit_args, lengths);
 ENDS_WITH(llm2_fast_decoder_spec, sliding_windows);
 ENDS_WITH(llm2_fast_score_head_spec, score_weight);
 ENDS_WITH(llm2_fast_paged_cache, hidden_states);
@@ -487,7 +488,7 @@ static void test_refused_ops(void) {
   } while (0)
   SELECT(batch_size, -1, "batch_size: expected >= 0, got -1");
   SELECT(vocab_size, 0, "vocab_size: expected >= 1, got 0");
-  SELECT(vocab_size, INT64_C(1) << 31, "vocab_size: expected below 2^31, got 2147483648");
+  SELECT(vocab_size, INT64_C(1) << 31, "vocab_size: expected <= 2147483647, got 2147483648");
   SELECT(max_candidates, 0, "max_candidates: expected >= 1, got 0");
   SELECT(dtype, 0, "dtype: expected LLM2_FAST_FLOAT32 or LLM2_FAST_BFLOAT16, got 0");
   SELECT(logits, NULL, "logits: expected a pointer, got NULL");
@@ -583,6 +584,77 @@ static void test_attention(void) {
   ATTENTION(row_prefix_length, too_long, "row_prefix_length[1]: expected a length in [0, 4], got 5");
   ATTENTION(row_prefix_length, past_table, "block_table[0][1]: expected an index in [0, 2), got 7");
   ATTENTION(row_sequence, no_sequence, "row_sequence[1]: expected an index in [0, 1), got 1");
+}
+
+static void test_commit(void) {
+  current_case = "commit";
+  /* Two layers, one head, blocks of two positions. Sequence 0 commits its second branch to slot 1, sequence 1 nothing.
+   */
+  const int32_t index[2] = {1, -1}, first_row[2] = {0, 2}, slots[2] = {1, 0}, block_table[4] = {0, 1, 3, 2};
+  const float own_key[6] = {1, 2, 3, 4, 5, 6}, own_value[6] = {-1, -2, -3, -4, -5, -6}, hidden[3] = {7, 8, 9};
+  float keys[16] = {0}, values[16] = {0}, hidden_states[2] = {0};
+  int32_t lengths[2] = {0, 3};
+  const llm2_fast_commit_args args = {.struct_size = sizeof(args),
+                                      .batch_size = 2,
+                                      .num_rows = 3,
+                                      .num_layers = 2,
+                                      .num_kv_heads = 1,
+                                      .head_dim = 1,
+                                      .hidden_size = 1,
+                                      .num_blocks = 4,
+                                      .block_size = 2,
+                                      .num_slots = 2,
+                                      .max_blocks = 2,
+                                      .dtype = LLM2_FAST_FLOAT32,
+                                      .index = index,
+                                      .first_row = first_row,
+                                      .slots = slots,
+                                      .own_key = own_key,
+                                      .own_value = own_value,
+                                      .hidden = hidden,
+                                      .keys = keys,
+                                      .values = values,
+                                      .block_table = block_table,
+                                      .block_table_row_stride = 2,
+                                      .hidden_states = hidden_states,
+                                      .lengths = lengths};
+#define COMMIT(field, value, message)         \
+  do {                                        \
+    llm2_fast_commit_args bad = args;         \
+    bad.field = value;                        \
+    REFUSED(llm2_fast_commit(&bad), message); \
+  } while (0)
+  COMMIT(dtype, LLM2_FAST_FLOAT16, "dtype: expected LLM2_FAST_FLOAT32 or LLM2_FAST_BFLOAT16, got 3");
+  COMMIT(num_rows, 1, "first_row + index: expected indices in [0, 1), got 1");
+  COMMIT(num_slots, 1, "slots: expected indices in [0, 1), got 1");
+  COMMIT(num_blocks, 2, "block_table: expected indices in [0, 2), got 3");
+  COMMIT(keys, NULL, "keys: expected a pointer, got NULL");
+  COMMIT(hidden, NULL, "hidden: expected a pointer, got NULL");
+  const int32_t twice[2] = {1, 1};
+  COMMIT(slots, twice, "slots: expected distinct numbers, got 1 twice");
+  int32_t full[2] = {0, 4};
+  COMMIT(lengths, full, "positions: expected indices in [0, 4), got 4");
+  OK(llm2_fast_commit(&args));
+  /* Position 3 of slot 1 is the second of its second block, block 2; layer 1 begins after 4 blocks. */
+  for (int i = 0; i < 16; ++i) {
+    CHECK(keys[i] == (i == 2 * 2 + 1 ? 2.0f : i == (4 + 2) * 2 + 1 ? 5.0f : 0.0f));
+    CHECK(values[i] == -keys[i]);
+  }
+  CHECK(lengths[0] == 0 && lengths[1] == 4 && hidden_states[0] == 0.0f && hidden_states[1] == 8.0f);
+}
+
+/* A library without CUDA says so. */
+static void test_no_cuda(void) {
+#if !WITH_CUDA
+  current_case = "no cuda";
+  const char* message = "the library was built without CUDA (LLM2_FAST_CUDA=ON builds it with)";
+  size_t bytes = 0;
+  const llm2_fast_status statuses[] = {llm2_fast_cuda_select_candidates_workspace(NULL, &bytes),
+                                       llm2_fast_cuda_select_candidates(NULL, NULL, 0, NULL),
+                                       llm2_fast_cuda_adjust_and_pick(NULL, NULL), llm2_fast_cuda_commit(NULL, NULL)};
+  for (int i = 0; i < 4; ++i) CHECK(statuses[i] == LLM2_FAST_UNAVAILABLE);
+  CHECK(strcmp(llm2_fast_last_error(), message) == 0);
+#endif
 }
 
 static void test_refused_builders(void) {
@@ -835,6 +907,8 @@ int main(void) {
   test_structs();
   test_refused_ops();
   test_attention();
+  test_commit();
+  test_no_cuda();
   test_refused_builders();
   test_out_of_memory();
   test_refused_passes();

@@ -43,7 +43,8 @@ enum {
   LLM2_FAST_OK = 0,
   LLM2_FAST_INVALID_ARGUMENT = 1, /* the message is "name: expected ..., got ..." */
   LLM2_FAST_OUT_OF_MEMORY = 2,
-  LLM2_FAST_INTERNAL_ERROR = 3 /* anything else, such as threads that cannot be started */
+  LLM2_FAST_INTERNAL_ERROR = 3, /* anything else, such as threads or kernels that cannot be started */
+  LLM2_FAST_UNAVAILABLE = 4     /* the library was built without what the function needs */
 };
 
 /* Message of the last call on this thread that failed; empty if none has. Valid until the next one fails. */
@@ -57,7 +58,7 @@ LLM2_FAST_API const char* llm2_fast_version(void);
 LLM2_FAST_API llm2_fast_status llm2_fast_cpu_isa(const char** name);
 
 typedef int32_t llm2_fast_dtype;
-enum { LLM2_FAST_FLOAT32 = 1, LLM2_FAST_BFLOAT16 = 2 };
+enum { LLM2_FAST_FLOAT32 = 1, LLM2_FAST_BFLOAT16 = 2, LLM2_FAST_FLOAT16 = 3 /* on the GPU only */ };
 
 /* --- ops ---------------------------------------------------------------------------------------------------------- */
 
@@ -167,6 +168,60 @@ typedef struct llm2_fast_branch_attention_args {
  * > p - w only. A row that sees nothing gives zeros. */
 LLM2_FAST_API llm2_fast_status llm2_fast_branch_attention(const llm2_fast_branch_attention_args* args,
                                                           int32_t num_threads);
+
+typedef struct llm2_fast_commit_args {
+  size_t struct_size;
+  int64_t batch_size; /* B */
+  int64_t num_rows;   /* R, branches of all sequences */
+  int64_t num_layers;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  int64_t hidden_size;
+  int64_t num_blocks; /* in the cache */
+  int64_t block_size; /* positions per block */
+  int64_t num_slots;
+  int64_t max_blocks; /* per slot */
+
+  llm2_fast_dtype dtype;    /* of keys, values and hidden states */
+  const int32_t* index;     /* [B], chosen branch among those of the sequence; negative: nothing is committed */
+  const int32_t* first_row; /* [B], row of the sequence's first branch */
+  const int32_t* slots;     /* [B], distinct */
+  const void* own_key;      /* [num_layers, R, num_kv_heads, head_dim] */
+  const void* own_value;    /* [num_layers, R, num_kv_heads, head_dim] */
+  const void* hidden;       /* [R, hidden_size], or null for none */
+
+  void* keys;                     /* [num_layers, num_blocks, num_kv_heads, block_size, head_dim] in and out */
+  void* values;                   /* as keys */
+  const int32_t* block_table;     /* [num_slots, max_blocks] */
+  int64_t block_table_row_stride; /* >= max_blocks */
+  void* hidden_states;            /* [num_slots, hidden_size] in and out, or null for none */
+  int32_t* lengths; /* [num_slots] in and out, cached positions: where the branch goes, and one more afterwards */
+} llm2_fast_commit_args;
+
+/* Makes the chosen branch of each sequence the last token of its slot: copies its keys and values to the next position,
+ * and its hidden state. All tensors are contiguous. llm2_fast_decoder_joint_step does this itself. */
+LLM2_FAST_API llm2_fast_status llm2_fast_commit(const llm2_fast_commit_args* args);
+
+/* --- ops on the GPU ----------------------------------------------------------------------------------------------- */
+
+/* The ops above on device memory, with the same arguments and results, on the current device. `stream` is a
+ * cudaStream_t. The calls queue kernels, allocate nothing and wait for nothing, so a CUDA graph can hold them. Sizes,
+ * strides and alignment are checked; what lies in device memory is trusted, indices and lengths too. logits may be
+ * float16 as well. In a library built without CUDA they return LLM2_FAST_UNAVAILABLE. */
+
+/* Bytes that llm2_fast_cuda_select_candidates needs; of the arguments only the sizes are read. */
+LLM2_FAST_API llm2_fast_status llm2_fast_cuda_select_candidates_workspace(const llm2_fast_select_candidates_args* args,
+                                                                          size_t* bytes);
+
+/* max_candidates is at most 1,024. `workspace` is aligned to 16 bytes and need not be initialized. Rows that begin at
+ * multiples of 16 bytes are read faster. */
+LLM2_FAST_API llm2_fast_status llm2_fast_cuda_select_candidates(const llm2_fast_select_candidates_args* args,
+                                                                void* workspace, size_t workspace_bytes, void* stream);
+
+/* max_candidates is at most 2^20. */
+LLM2_FAST_API llm2_fast_status llm2_fast_cuda_adjust_and_pick(const llm2_fast_adjust_and_pick_args* args, void* stream);
+
+LLM2_FAST_API llm2_fast_status llm2_fast_cuda_commit(const llm2_fast_commit_args* args, void* stream);
 
 /* --- making a decoder --------------------------------------------------------------------------------------------- */
 
