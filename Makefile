@@ -7,7 +7,7 @@ PEERS := .venv-peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 EXTENSION_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
-CPP_FORMATTED := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FORMATTED := $(shell find csrc tests/cpp -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -34,7 +34,7 @@ build/cpp-test build/cpp-address build/cpp-thread: $(VENV)/.build-tools
 	$(BIN)/cmake -S . -B $@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLLM2_FAST_TESTS=ON -DLLM2_FAST_SANITIZE=$(SANITIZE)
 	$(BIN)/cmake --build $@
-	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error --timeout 120
+	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error --timeout 600
 
 test-gpu-compile: $(VENV)/.installed ## Compile every Triton kernel for every architecture and dtype; needs no GPU.
 	$(BIN)/python -m pytest tests/test_kernels_compile.py -m "gpu_compile or not gpu_compile" $(PYTEST_ARGS)

@@ -21,10 +21,6 @@ inline DType float_dtype(const TensorArgument& tensor) {
   return tensor.dtype() == "float32" ? DType::kFloat32 : DType::kBFloat16;
 }
 
-inline void require_at_least(const char* name, int64_t value, int64_t minimum) {
-  if (value < minimum) throw argument_error(name, ">= " + std::to_string(minimum), std::to_string(value));
-}
-
 // A [B] argument.
 class VectorArgument : public TensorArgument {
  public:

@@ -121,31 +121,6 @@ void adjust_and_pick_py(py::handle candidate_ids, py::handle candidate_logits, p
   adjust_and_pick(args, {0, batch}, tier);
 }
 
-// Throws std::invalid_argument if a row would read outside of the block table or the cache.
-void check_rows(const BranchAttentionArgs& args, int64_t rows, int64_t sequences, int64_t max_blocks,
-                int64_t num_blocks) {
-  const auto at = [](const char* name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; };
-  const auto below = [](int64_t limit) { return "an index in [0, " + std::to_string(limit) + ")"; };
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t sequence = args.row_sequence[row], length = args.row_prefix_length[row];
-    if (sequence < 0 || sequence >= sequences) {
-      throw argument_error(at("row_sequence", row), below(sequences), std::to_string(sequence));
-    }
-    if (length < 0 || length > max_blocks * args.block_size) {
-      const std::string expected = "a length in [0, " + std::to_string(max_blocks * args.block_size) + "]";
-      throw argument_error(at("row_prefix_length", row), expected, std::to_string(length));
-    }
-    const int64_t first = first_visible(args, row) / args.block_size;
-    for (int64_t block = first; block * args.block_size < length; ++block) {
-      const int64_t id = args.block_table[sequence * args.block_table_row_stride + block];
-      if (id < 0 || id >= num_blocks) {
-        throw argument_error(at("block_table", sequence) + "[" + std::to_string(block) + "]", below(num_blocks),
-                             std::to_string(id));
-      }
-    }
-  }
-}
-
 void branch_attention_py(py::handle query, py::handle key_cache, py::handle value_cache, py::handle block_table,
                          py::handle row_sequence, py::handle row_prefix_length, py::handle row_has_own,
                          py::handle own_key, py::handle own_value, double scale, int64_t sliding_window,
@@ -211,7 +186,7 @@ void branch_attention_py(py::handle query, py::handle key_cache, py::handle valu
 
   const Isa tier = chosen_isa(isa);
   const py::gil_scoped_release release;
-  check_rows(args, rows, blocks.size(0), blocks.size(1), num_blocks);
+  check_attention_rows(args, rows, blocks.size(0), blocks.size(1), num_blocks);
   branch_attention(args, {0, rows}, tier);
 }
 

@@ -3,17 +3,17 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <utility>
 #include <vector>
 
 #include "arguments.h"
 #include "dlpack.h"
-#include "llm2_fast/decoder.h"
-#include "llm2_fast/step.h"
+#include "llm2_fast/checked_decoder.h"
+#include "llm2_fast/checks.h"
 
 namespace llm2_fast {
 namespace {
@@ -22,16 +22,6 @@ namespace py = pybind11;
 using Tokens = std::vector<int32_t>;
 using Flags = std::vector<uint8_t>;
 using PackedPtr = std::shared_ptr<PackedLinear>;
-
-void require_equal(const std::string& name, int64_t value, int64_t expected) {
-  if (value != expected) throw argument_error(name, std::to_string(expected), std::to_string(value));
-}
-
-void require_index(const char* name, int64_t value, int64_t size) {
-  if (value < 0 || value >= size) {
-    throw argument_error(name, "indices in [0, " + std::to_string(size) + ")", std::to_string(value));
-  }
-}
 
 std::vector<float> float_vector(const char* name, py::handle capsule, int64_t size) {
   const VectorArgument vector(name, capsule, "float32", size);
@@ -196,9 +186,15 @@ class CacheTensors {
     values_.require_contiguous();
     require_at_least("block_size of keys", keys_.size(3), 1);
     hidden_states_.require_shape({block_table_.size(0), hidden_states_.size(1)}).require_contiguous();
-    view_ = {
-        keys_.data<void>(),     values_.data<void>(),       keys_.size(1), keys_.size(3), block_table_.data<int32_t>(),
-        block_table_.stride(0), hidden_states_.data<void>()};
+    view_ = {keys_.data<void>(),
+             values_.data<void>(),
+             keys_.size(1),
+             keys_.size(3),
+             block_table_.size(0),
+             block_table_.size(1),
+             block_table_.data<int32_t>(),
+             block_table_.stride(0),
+             hidden_states_.data<void>()};
   }
 
   const PagedCache& view() const { return view_; }
@@ -211,16 +207,6 @@ class CacheTensors {
     const int64_t layers = static_cast<int64_t>(weights.layers.size());
     keys_.require_shape({layers, keys_.size(1), spec.num_kv_heads, keys_.size(3), spec.head_dim});
     hidden_states_.require_shape({block_table_.size(0), spec.hidden_size});
-  }
-
-  void check_slot(int64_t slot) const { require_index("slots", slot, block_table_.size(0)); }
-
-  // Throws std::invalid_argument unless positions [0, length) of a slot have blocks.
-  void check_blocks(int64_t slot, int64_t length) const {
-    require_index("positions", length - 1, block_table_.size(1) * view_.block_size);
-    for (int64_t block = 0; block * view_.block_size < length; ++block) {
-      require_index("block_table", view_.block_table[slot * view_.block_table_row_stride + block], view_.num_blocks);
-    }
   }
 
  private:
@@ -251,7 +237,7 @@ ScoreHead make_score_head(std::vector<int64_t> layers, int64_t hidden_size, int6
 class StepTensors {
  public:
   StepTensors(int64_t batch, int64_t max_candidates, int64_t pick_width, const py::kwargs& tensors)
-      : batch_(batch), max_candidates_(max_candidates), pick_width_(pick_width), capsules_(tensors) {
+      : batch_(batch), capsules_(tensors) {
     require_at_least("max_candidates", max_candidates, 1);
     SelectCandidatesArgs& select = step_.select;
     step_.size = batch;
@@ -264,7 +250,7 @@ class StepTensors {
     select.logsumexp = vector<float>("logsumexp", "float32");
     select.cut = vector<bool>("cut", "bool");
     if (capsules_.contains("scores")) step_.scores = matrix<float>("scores", "float32", max_candidates);
-    if (pick_width > 0) bind_pick();
+    if (pick_width > 0) bind_pick(pick_width);
     capsules_ = py::dict();  // all are consumed
   }
 
@@ -278,14 +264,11 @@ class StepTensors {
   }
 
   int64_t batch() const { return batch_; }
-  int64_t max_candidates() const { return max_candidates_; }
-  int64_t pick_width() const { return pick_width_; }
-  bool has_scores() const { return step_.scores != nullptr; }
 
  private:
-  void bind_pick() {
+  void bind_pick(int64_t pick_width) {
     AdjustAndPickArgs& pick = step_.pick;
-    pick.max_candidates = pick_width_;
+    pick.max_candidates = pick_width;
     pick.beta = vector<float>("beta", "float32");
     pick.repetition_penalty = vector<float>("repetition_penalty", "float32");
     pick.temperature = vector<float>("temperature", "float32");
@@ -300,7 +283,7 @@ class StepTensors {
     pick.token = vector<int32_t>("token", "int32");
     pick.logprob = vector<float>("logprob", "float32");
     pick.system1_index = vector<int32_t>("system1_index", "int32");
-    pick.adjusted = matrix<float>("adjusted", "float32", pick_width_);
+    pick.adjusted = matrix<float>("adjusted", "float32", pick_width);
     pick.finished = vector<bool>("finished", "bool");
     tensors_.emplace_back(new TensorArgument("eos_token_ids", capsule("eos_token_ids"), {"int32"}, 2));
     tensors_.back()->require_shape({batch_, tensors_.back()->size(1)});
@@ -324,7 +307,7 @@ class StepTensors {
     return tensors_.back()->data<T>();
   }
 
-  int64_t batch_, max_candidates_, pick_width_;
+  int64_t batch_;
   py::dict capsules_;
   std::vector<std::unique_ptr<TensorArgument>> tensors_;
   StepBatch step_ = {};
@@ -332,7 +315,6 @@ class StepTensors {
 
 // --- Decoder ---------------------------------------------------------------------------------------------------------
 
-// A decoder whose calls take turns.
 class BoundDecoder {
  public:
   BoundDecoder(DecoderWeights weights, Isa isa, std::unique_ptr<TensorArgument> embedding)
@@ -340,106 +322,74 @@ class BoundDecoder {
 
   void forward(const CacheTensors& cache, const Tokens& token_ids, const Tokens& slots, const Tokens& positions,
                const Flags& stored, bool adapted, const ScoreHead* head, py::handle scores, int num_threads) {
-    require_at_least("num_threads", num_threads, 1);
-    DecoderRows rows = checked_rows(cache, token_ids, slots, positions, stored);
+    cache.check(decoder_.weights());
+    DecoderRows rows = decoder_rows(token_ids, slots, positions, stored);
     rows.first_adapted = adapted ? 0 : rows.count;
     std::unique_ptr<VectorArgument> score_out;
-    if (head != nullptr) {
-      check_head(*head);
-      score_out.reset(new VectorArgument("scores", scores, "float32", rows.count, Access::kWrite));
-    }
+    if (head != nullptr) score_out.reset(new VectorArgument("scores", scores, "float32", rows.count, Access::kWrite));
     const py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> turn(mutex_);
     decoder_.forward(cache.view(), rows, head, head == nullptr ? nullptr : score_out->data<float>(), num_threads);
-    rows_ = rows.count;
   }
 
   void keep_row(const CacheTensors& cache, int64_t row) {
     cache.check(decoder_.weights());
-    require_index("row", row, rows_);
+    const py::gil_scoped_release release;
     decoder_.keep_row(cache.view(), row);
   }
 
   void propose(const CacheTensors& cache, const StepTensors& tensors, const Tokens& slots, const Tokens& token_ids,
                const Tokens& token_slots, const Tokens& positions, int64_t vocab_size, int num_threads) {
-    require_at_least("vocab_size", vocab_size, 1);
+    cache.check(decoder_.weights());
     const Flags stored(token_ids.size(), 1);
-    const DecoderRows pending = checked_rows(cache, token_ids, token_slots, positions, stored);
-    StepBatch step = checked_step(cache, tensors, slots, {}, nullptr, num_threads);
-    if (vocab_size < step.select.vocab_size) step.select.vocab_size = vocab_size;
+    const DecoderRows pending = decoder_rows(token_ids, token_slots, positions, stored);
+    const StepBatch step = step_batch(tensors, slots, {}, nullptr, std::min(vocab_size, decoder_.spec().vocab_size));
     const py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> turn(mutex_);
-    llm2_fast::propose(decoder_, cache.view(), pending, step, num_threads);
-    rows_ = 0;
+    decoder_.propose(cache.view(), pending, step, num_threads);
   }
 
   void plain_step(const CacheTensors& cache, const StepTensors& tensors, const Tokens& slots, const Tokens& token_ids,
                   const Tokens& token_slots, const Tokens& positions, py::handle seen, int num_threads) {
+    cache.check(decoder_.weights());
     const Flags stored(token_ids.size(), 1);
-    const DecoderRows pending = checked_rows(cache, token_ids, token_slots, positions, stored);
+    const DecoderRows pending = decoder_rows(token_ids, token_slots, positions, stored);
     const OptionalMatrixArgument seen_rows = seen_argument(tensors, seen);
-    StepBatch step = checked_step(cache, tensors, slots, {}, seen_rows.data<uint8_t>(), num_threads);
-    require_equal("max_candidates", tensors.max_candidates(), 1);
-    require_equal("pick_width", tensors.pick_width(), decoder_.spec().vocab_size);
+    const StepBatch step = step_batch(tensors, slots, {}, seen_rows.data<uint8_t>(), decoder_.spec().vocab_size);
     const py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> turn(mutex_);
-    llm2_fast::plain_step(decoder_, cache.view(), pending, step, num_threads);
-    rows_ = 0;
+    decoder_.plain_step(cache.view(), pending, step, num_threads);
   }
 
   void joint_step(const CacheTensors& cache, const StepTensors& tensors, const Tokens& slots, const Tokens& lengths,
                   const ScoreHead& head, const CacheTensors* adapted_cache, const Tokens& adapted_slots,
                   py::handle seen, int num_threads) {
-    const OptionalMatrixArgument seen_rows = seen_argument(tensors, seen);
-    StepBatch step = checked_step(cache, tensors, slots, lengths, seen_rows.data<uint8_t>(), num_threads);
-    require_equal("pick_width", tensors.pick_width(), tensors.max_candidates());
+    cache.check(decoder_.weights());
     require_equal("size of lengths", static_cast<int64_t>(lengths.size()), tensors.batch());
-    if (!tensors.has_scores()) throw argument_error("scores", "a tensor", "none");
-    check_head(head);
-    for (size_t i = 0; i < slots.size(); ++i) cache.check_blocks(slots[i], int64_t{lengths[i]} + 1);
+    const OptionalMatrixArgument seen_rows = seen_argument(tensors, seen);
+    const StepBatch step = step_batch(tensors, slots, lengths, seen_rows.data<uint8_t>(), decoder_.spec().vocab_size);
     std::unique_ptr<AdaptedBranches> adapted;
     if (adapted_cache != nullptr) {
       adapted_cache->check(decoder_.weights());
       require_equal("size of adapted_slots", static_cast<int64_t>(adapted_slots.size()), tensors.batch());
-      for (size_t i = 0; i < slots.size(); ++i) {
-        adapted_cache->check_slot(adapted_slots[i]);
-        adapted_cache->check_blocks(adapted_slots[i], int64_t{lengths[i]} + 1);
-      }
       adapted.reset(new AdaptedBranches{adapted_cache->view(), adapted_slots.data()});
     }
     const py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> turn(mutex_);
-    llm2_fast::joint_step(decoder_, cache.view(), head, adapted.get(), step, num_threads);
-    rows_ = 0;
+    decoder_.joint_step(cache.view(), head, adapted.get(), step, num_threads);
   }
 
  private:
-  DecoderRows checked_rows(const CacheTensors& cache, const Tokens& token_ids, const Tokens& slots,
-                           const Tokens& positions, const Flags& stored) const {
-    cache.check(decoder_.weights());
-    require_equal("size of slots", static_cast<int64_t>(slots.size()), static_cast<int64_t>(token_ids.size()));
-    require_equal("size of positions", static_cast<int64_t>(positions.size()), static_cast<int64_t>(token_ids.size()));
-    require_equal("size of stored", static_cast<int64_t>(stored.size()), static_cast<int64_t>(token_ids.size()));
-    for (size_t i = 0; i < token_ids.size(); ++i) {
-      require_index("token_ids", token_ids[i], decoder_.spec().vocab_size);
-      require_at_least("positions", positions[i], 0);
-      cache.check_slot(slots[i]);
-      // A later row of the same slot needs the same blocks, and more.
-      const bool last = i + 1 == token_ids.size() || slots[i + 1] != slots[i] || positions[i + 1] <= positions[i];
-      if (last) cache.check_blocks(slots[i], int64_t{positions[i]} + 1);
-    }
-    return {static_cast<int64_t>(token_ids.size()), token_ids.data(), slots.data(), positions.data(), stored.data()};
+  static DecoderRows decoder_rows(const Tokens& token_ids, const Tokens& slots, const Tokens& positions,
+                                  const Flags& stored) {
+    const int64_t count = static_cast<int64_t>(token_ids.size());
+    require_equal("size of slots", static_cast<int64_t>(slots.size()), count);
+    require_equal("size of positions", static_cast<int64_t>(positions.size()), count);
+    require_equal("size of stored", static_cast<int64_t>(stored.size()), count);
+    return {count, token_ids.data(), slots.data(), positions.data(), stored.data()};
   }
 
-  StepBatch checked_step(const CacheTensors& cache, const StepTensors& tensors, const Tokens& slots,
-                         const Tokens& lengths, const uint8_t* seen, int num_threads) const {
-    require_at_least("num_threads", num_threads, 1);
-    cache.check(decoder_.weights());
-    if (decoder_.weights().lm_head == nullptr) throw argument_error("decoder", "one with an lm_head", "one without");
+  static StepBatch step_batch(const StepTensors& tensors, const Tokens& slots, const Tokens& lengths,
+                              const uint8_t* seen, int64_t vocab_size) {
     require_equal("size of slots", static_cast<int64_t>(slots.size()), tensors.batch());
-    for (int32_t slot : slots) cache.check_slot(slot);
     StepBatch step = tensors.step(slots, lengths, seen);
-    step.select.vocab_size = decoder_.spec().vocab_size;
+    step.select.vocab_size = vocab_size;
     return step;
   }
 
@@ -447,22 +397,8 @@ class BoundDecoder {
     return OptionalMatrixArgument("seen", seen, "bool", tensors.batch(), decoder_.spec().vocab_size);
   }
 
-  void check_head(const ScoreHead& head) const {
-    const int64_t num_layers = static_cast<int64_t>(decoder_.weights().layers.size());
-    for (int64_t layer : head.layers) {
-      if (layer != ScoreHead::kFinalLayer) require_index("layers", layer, num_layers - 1);
-    }
-    const int64_t features = decoder_.spec().hidden_size * static_cast<int64_t>(head.layers.size());
-    const bool dense = !head.dense_bias.empty();
-    const int64_t inputs =
-        static_cast<int64_t>(head.dense_weight.size()) / (dense ? static_cast<int64_t>(head.dense_bias.size()) : 1);
-    require_equal("features of the head", dense ? inputs : static_cast<int64_t>(head.score_weight.size()), features);
-  }
-
   std::unique_ptr<TensorArgument> embedding_;
-  Decoder decoder_;
-  std::mutex mutex_;
-  int64_t rows_ = 0;  // of the last pass, while its rows can be kept
+  CheckedDecoder decoder_;
 };
 
 DecoderSpec read_spec(const py::handle& spec) {
@@ -492,13 +428,8 @@ DecoderSpec read_spec(const py::handle& spec) {
   for (const py::handle table : spec.attr("rotary_tables")) {
     read.rotary_tables.push_back(
         {table.attr("inv_freq").cast<std::vector<float>>(), table.attr("scale").cast<float>()});
-    require_equal("head_dim", read.head_dim, 2 * static_cast<int64_t>(read.rotary_tables.back().inv_freq.size()));
   }
-  if (read.hidden_size % 2 != 0)
-    throw argument_error("hidden_size", "an even number", std::to_string(read.hidden_size));
-  if (read.num_heads % read.num_kv_heads != 0) {
-    throw argument_error("num_heads", "a multiple of num_kv_heads", std::to_string(read.num_heads));
-  }
+  check_spec(read);
   return read;
 }
 

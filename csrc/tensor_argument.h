@@ -1,4 +1,5 @@
-// A tensor argument of a Python call: takes over a DLPack capsule and checks what is in it.
+// A tensor argument of a Python call: takes over a DLPack capsule and checks what is in it. The std::invalid_argument
+// of a failed check becomes ValueError in Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -6,19 +7,13 @@
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "dlpack.h"
+#include "llm2_fast/checks.h"
 
 namespace llm2_fast {
-
-// Becomes ValueError in Python.
-inline std::invalid_argument argument_error(const std::string& name, const std::string& expected,
-                                            const std::string& got) {
-  return std::invalid_argument(name + ": expected " + expected + ", got " + got);
-}
 
 enum class Access { kRead, kWrite };
 

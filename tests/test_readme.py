@@ -104,7 +104,7 @@ def test_commands_parse() -> None:
     lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines]
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {command[0] for command in commands} == {"llm2-fast", "make", "pip"}
+    assert {command[0] for command in commands} == {"cmake", "llm2-fast", "make", "pip"}
     for program, *arguments in commands:
         if program == "llm2-fast":
             assert callable(parse(arguments).run)

@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "llm2_fast/thread_pool.h"
+#include "paged_storage.h"
 
 namespace llm2_fast {
 namespace {
@@ -88,6 +89,7 @@ void Decoder::Workspace::reserve(const DecoderWeights& weights, int64_t rows, in
   const int64_t element = size_of(spec.dtype), layers = static_cast<int64_t>(weights.layers.size());
   const int64_t kv_size = spec.num_kv_heads * spec.head_dim, q_size = spec.num_heads * spec.head_dim;
   rows = std::max(rows, capacity);
+  capacity = 0;  // until all buffers are there
   features_stride = std::max(features_stride, head_features);
   gated_stride = round_up_to_even(spec.intermediate_size);
   lora_stride = 0;
@@ -232,14 +234,9 @@ class Decoder::Pass::Normed {
 // Copies one position of keys or values [num_kv_heads, head_dim], those of `kv_heads`, to a slot of the cache.
 static void store_position(const PagedCache& cache, const DecoderSpec& spec, int64_t layer, int64_t slot,
                            int64_t position, RowRange kv_heads, const void* row, void* storage) {
-  const int64_t size = spec.head_dim * size_of(spec.dtype);
   const int64_t block = cache.block_table[slot * cache.block_table_row_stride + position / cache.block_size];
-  const int64_t first = (layer * cache.num_blocks + block) * spec.num_kv_heads;
-  for (int64_t head = kv_heads.begin; head < kv_heads.end; ++head) {
-    const int64_t index = (first + head) * cache.block_size + position % cache.block_size;
-    std::memcpy(static_cast<char*>(storage) + index * size, static_cast<const char*>(row) + head * size,
-                static_cast<size_t>(size));
-  }
+  store_in_block(storage, layer * cache.num_blocks + block, position % cache.block_size, cache.block_size,
+                 spec.num_kv_heads, kv_heads, spec.head_dim * size_of(spec.dtype), row);
 }
 
 void Decoder::Pass::plan(int num_threads) {

@@ -184,9 +184,7 @@ void joint_step(Decoder& decoder, const PagedCache& cache, const ScoreHead& head
   batch.pick.seen = batch.seen == nullptr ? nullptr : seen.data();
   batch.pick.candidate_ids_row_stride = batch.pick.candidate_logits_row_stride = width;
   batch.pick.scores_row_stride = batch.pick.seen_row_stride = width;
-  const KernelTable& table = kernels(decoder.isa());
-  each_pick(batch.pick, batch.size, decoder.isa(), num_threads,
-            [&](int64_t row, void* workspace) { table.adjust_and_pick(batch.pick, {row, row + 1}, workspace); });
+  adjust_and_pick(batch.pick, {0, batch.size}, decoder.isa(), num_threads);
 
   for (int64_t b = 0; b < batch.size; ++b) {
     if (batch.pick.index[b] < 0) continue;

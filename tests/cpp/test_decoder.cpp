@@ -219,7 +219,8 @@ class TinyDecoder {
   }
 
   PagedCache cache() {
-    return {keys_.data(), values_.data(), kBlocks, kBlockSize, block_table_.data(), kBlocks / kSlots, hidden_.data()};
+    return {keys_.data(),     values_.data(),      kBlocks,          kBlockSize,    kSlots,
+            kBlocks / kSlots, block_table_.data(), kBlocks / kSlots, hidden_.data()};
   }
   Decoder& decoder() { return *decoder_; }
 

@@ -65,6 +65,7 @@ struct PagedCache {
   void* keys;    // [num_layers, num_blocks, num_kv_heads, block_size, head_dim], contiguous
   void* values;  // as keys
   int64_t num_blocks, block_size;
+  int64_t num_slots, max_blocks;
   const int32_t* block_table;  // [num_slots, max_blocks]
   int64_t block_table_row_stride;
   void* hidden_states;  // [num_slots, hidden_size], contiguous: final hidden state of each slot's last token

@@ -4,9 +4,21 @@
 #include <cstdint>
 #include <cstring>
 
+// Of functions that kernels on the GPU use, too.
+#ifdef __CUDACC__
+#define LLM2_FAST_HOST_DEVICE __host__ __device__
+#else
+#define LLM2_FAST_HOST_DEVICE
+#endif
+
 namespace llm2_fast {
 
-enum class DType { kFloat32, kBFloat16, kInt8 };  // int8 is for quantized weights only
+enum class DType {
+  kFloat32,
+  kBFloat16,
+  kFloat16,  // of the ops on the GPU only
+  kInt8      // of quantized weights only
+};
 
 // The upper half of a float32.
 struct BFloat16 {
@@ -15,7 +27,7 @@ struct BFloat16 {
 
 // Bytes of an element.
 constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : dtype == DType::kBFloat16 ? 2 : 1;
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2;
 }
 
 // `static inline` everywhere in the headers that kernels include: each translation unit keeps its own copy, so the

@@ -3,7 +3,7 @@
 // The functions know pointers, shapes and strides, nothing of Python or torch. They trust their arguments: the caller
 // has checked shapes, index ranges and that outputs overlap nothing. The caller owns every buffer. Strides count
 // elements; where no stride is given, the dimension is contiguous. Every call works on the rows [begin, end) only, and
-// a row's result does not depend on that range, so that ranges can go to different threads.
+// a row's result does not depend on that range, so that ranges can go to different threads; with `num_threads` they do.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +35,9 @@ struct SelectCandidatesArgs {
   bool* cut;                // [B]
 };
 
-// The plausible set of each row (LLM2, equation 1), ordered by (logit descending, id ascending). Uses no heap memory.
-void select_candidates(const SelectCandidatesArgs& args, RowRange rows, Isa isa);
+// The plausible set of each row (LLM2, equation 1), ordered by (logit descending, id ascending). On one thread uses no
+// heap memory; on several throws std::bad_alloc.
+void select_candidates(const SelectCandidatesArgs& args, RowRange rows, Isa isa, int num_threads = 1);
 
 struct AdjustAndPickArgs {
   int64_t max_candidates;  // K >= 1; the whole vocabulary in plain decoding
@@ -74,7 +75,7 @@ struct AdjustAndPickArgs {
   bool* finished;          // [B]
 };
 
-static inline bool is_eos(const AdjustAndPickArgs& args, int64_t row, int32_t token) {
+LLM2_FAST_HOST_DEVICE static inline bool is_eos(const AdjustAndPickArgs& args, int64_t row, int32_t token) {
   const int32_t* eos = args.eos_token_ids + row * args.eos_token_ids_row_stride;
   for (int64_t i = 0; i < args.num_eos; ++i) {
     if (eos[i] == token) return true;
@@ -83,7 +84,7 @@ static inline bool is_eos(const AdjustAndPickArgs& args, int64_t row, int32_t to
 }
 
 // Adjusted logits (LLM2, equation 3), processors and the pick. Throws std::bad_alloc.
-void adjust_and_pick(const AdjustAndPickArgs& args, RowRange rows, Isa isa);
+void adjust_and_pick(const AdjustAndPickArgs& args, RowRange rows, Isa isa, int num_threads = 1);
 
 struct BranchAttentionArgs {
   int64_t num_heads;  // a multiple of num_kv_heads
@@ -123,6 +124,30 @@ static inline int64_t first_visible(const BranchAttentionArgs& args, int64_t row
 
 // Attention of rows to the paged prefix of their sequence and to themselves. Consecutive rows of one sequence read it
 // together. Throws std::bad_alloc.
-void branch_attention(const BranchAttentionArgs& args, RowRange rows, Isa isa);
+void branch_attention(const BranchAttentionArgs& args, RowRange rows, Isa isa, int num_threads = 1);
+
+struct CommitArgs {
+  int64_t num_rows;  // R, branches of all sequences
+  int64_t num_layers, num_kv_heads, head_dim, hidden_size;
+  int64_t num_blocks, block_size;
+
+  DType dtype;               // of keys, values and hidden states
+  const int32_t* index;      // [B], chosen branch among those of the sequence; negative for none
+  const int32_t* first_row;  // [B], row of the sequence's first branch
+  const int32_t* slots;      // [B], distinct
+  const void* own_key;       // [num_layers, R, num_kv_heads, head_dim]
+  const void* own_value;     // [num_layers, R, num_kv_heads, head_dim]
+  const void* hidden;        // [R, hidden_size], or null for none
+
+  void* keys;                  // [num_layers, num_blocks, num_kv_heads, block_size, head_dim]
+  void* values;                // as keys
+  const int32_t* block_table;  // [num_slots, max_blocks]
+  int64_t block_table_row_stride;
+  void* hidden_states;  // [num_slots, hidden_size], or null for none
+  int32_t* lengths;     // [num_slots], cached positions: where the branch goes, and one more afterwards
+};
+
+// Makes the chosen branch of each sequence the last token of its slot.
+void commit(const CommitArgs& args, RowRange sequences);
 
 }  // namespace llm2_fast

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "llm2_fast/dtype.h"
+
 namespace llm2_fast {
 
 struct PhiloxCounter {
@@ -15,7 +17,7 @@ struct PhiloxCounter {
 };
 
 // Four random words of a counter under a 64-bit key.
-static inline PhiloxCounter philox(PhiloxCounter counter, uint64_t seed) {
+LLM2_FAST_HOST_DEVICE static inline PhiloxCounter philox(PhiloxCounter counter, uint64_t seed) {
   uint32_t c0 = counter.words[0], c1 = counter.words[1], c2 = counter.words[2], c3 = counter.words[3];
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -32,7 +34,7 @@ static inline PhiloxCounter philox(PhiloxCounter counter, uint64_t seed) {
 }
 
 // Uniform in (0, 1): 23 bits keep both ends out in float32.
-static inline float uniform_from_word(uint32_t word) {
+LLM2_FAST_HOST_DEVICE static inline float uniform_from_word(uint32_t word) {
   return (static_cast<float>(word >> 9) + 0.5f) * 1.1920928955078125e-07f;  // 2**-23
 }
 
@@ -40,7 +42,7 @@ static inline float uniform_from_word(uint32_t word) {
 constexpr float kGumbelBound = 16.64f;
 
 // Standard Gumbel noise, -log(-log(u)), always finite.
-static inline float gumbel_from_word(uint32_t word) {
+LLM2_FAST_HOST_DEVICE static inline float gumbel_from_word(uint32_t word) {
   return -logf(-logf(uniform_from_word(word)));
 }
 

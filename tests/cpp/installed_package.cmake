@@ -1,0 +1,37 @@
+# Installs the C API, then builds and runs the example of docs/embedding.md against it, with the CMakeLists.txt shown there.
+# Needs BUILD_DIR, SOURCE_DIR, WORK_DIR, GENERATOR and MAKE_PROGRAM.
+function(run)
+  execute_process(COMMAND ${ARGN} RESULT_VARIABLE result OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  if(NOT result EQUAL 0)
+    message(FATAL_ERROR "${ARGN}: ${result}\n${output}")
+  endif()
+  set(output "${output}" PARENT_SCOPE)
+endfunction()
+
+# Writes the only block of a language in the page to a file.
+function(extract language file)
+  file(READ ${SOURCE_DIR}/docs/embedding.md page)
+  string(FIND "${page}" "\n```${language}\n" begin)
+  if(begin EQUAL -1)
+    message(FATAL_ERROR "docs/embedding.md has no block of ${language}")
+  endif()
+  string(LENGTH "\n```${language}\n" opening)
+  math(EXPR begin "${begin} + ${opening}")
+  string(SUBSTRING "${page}" ${begin} -1 block)
+  string(FIND "${block}" "\n```\n" end)
+  math(EXPR end "${end} + 1")
+  string(SUBSTRING "${block}" 0 ${end} block)
+  file(WRITE ${file} "${block}")
+endfunction()
+
+file(REMOVE_RECURSE ${WORK_DIR})
+run(${CMAKE_COMMAND} --install ${BUILD_DIR} --prefix ${WORK_DIR}/prefix)
+extract(c ${WORK_DIR}/source/example.c)
+extract(cmake ${WORK_DIR}/source/CMakeLists.txt)
+run(${CMAKE_COMMAND} -S ${WORK_DIR}/source -B ${WORK_DIR}/build -G ${GENERATOR} -DCMAKE_MAKE_PROGRAM=${MAKE_PROGRAM}
+    -DCMAKE_PREFIX_PATH=${WORK_DIR}/prefix "-DCMAKE_C_FLAGS=-std=c11 -Wall -Wextra -Werror")
+run(${CMAKE_COMMAND} --build ${WORK_DIR}/build)
+run(${WORK_DIR}/build/example)
+if(NOT output MATCHES "^[0-9]+\\*? ([0-9]+\\*? )*\n$")
+  message(FATAL_ERROR "the example printed: ${output}")
+endif()
