@@ -24,9 +24,9 @@ from llm2_fast.cli import main
 from llm2_fast.errors import CacheFullError
 from llm2_fast.exploration.pairs import Pairs
 from llm2_fast.exploration.rollouts import RolloutPool
-from llm2_fast.exploration.store import ShardStore
 from llm2_fast.exploration.tally import Tally
 from llm2_fast.problems import load_problems
+from llm2_fast.store import ShardStore
 from llm2_fast.supervision import TokenPair, TokenQuality, check_positions, read_supervision, tokenize_messages
 from verifiers import head_verifier
 
