@@ -147,13 +147,12 @@ class Programs(RuleBasedStateMachine):
         for (slot, ids), (scores, _) in zip(candidates.items(), results, strict=True):
             assert_scores(scores, self.score, self.sequences[slot], ids)
 
-    @rule(asked=st.lists(st.tuples(slots, tokens), min_size=1, max_size=3))
-    def score_tokens(self, asked):
-        asked = {slot: ids for slot, ids in asked if len(self.sequences[slot]) + len(ids) < MAX_LENGTH}
-        results = self.session.score_tokens(list(asked), list(asked.values()))
-        for (slot, ids), scores in zip(asked.items(), results, strict=True):
-            assert len(scores) == len(ids)
-            for token, score in zip(ids, scores, strict=True):
+    @rule(slot=slots, tokens=tokens)
+    def score_tokens(self, slot, tokens):
+        if len(self.sequences[slot]) + len(tokens) < MAX_LENGTH:
+            (scores,) = self.session.score_tokens([slot], [tokens])
+            assert len(scores) == len(tokens)
+            for token, score in zip(tokens, scores, strict=True):
                 assert_scores(score[None], self.score, self.sequences[slot], [token])
                 self.sequences[slot].append(token)
 
