@@ -19,6 +19,7 @@ from llm2_fast.evaluation.arms import Arm, make_arms
 from llm2_fast.evaluation.findings import COSTLY, MIN_PROBLEMS, find_failures
 from llm2_fast.evaluation.grade import count_votes, grade, score_margins
 from llm2_fast.evaluation.markdown import to_markdown
+from llm2_fast.evaluation.plots import plot_quality, plot_report
 from llm2_fast.evaluation.prompts import make_prompt
 from llm2_fast.evaluation.record import Record, SampleRecord
 from llm2_fast.evaluation.report import summarize
@@ -26,6 +27,7 @@ from llm2_fast.evaluation.rerank import Reranker
 from llm2_fast.problems import Problem, load_problems
 from llm2_fast.results import Generation, Sample, TraceStep
 from llm2_fast.store import ShardStore
+from llm2_fast.supervision import Supervision, SupervisionExample, TokenPair, TokenQuality, write_supervision
 from tolerances import TOLERANCES
 from verifiers import KINDS, case, head_verifier
 
@@ -473,9 +475,44 @@ def test_eval(saved, tmp_path, capsys):
     assert math.isclose(sum(arm["seconds"] for arm in entry["arms"]), sum(r.seconds for r in read(tmp_path).values()))
 
 
+def test_plots(saved, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    example = SupervisionExample(
+        [{"role": "user", "content": "1"}],
+        [TokenPair(4, 7, 12)],
+        [TokenQuality(0.25, 5, 20, 20, True, -1.5)],
+        spared=[TokenPair(4, 7, 13)],
+        spared_quality=[TokenQuality(0.75, 15, 20, 20, True, -1.5)],
+    )
+    write_supervision(tmp_path / "supervision.jsonl", [example])
+    places = [str(saved / "model"), str(saved / "problems.jsonl"), str(tmp_path / "out")]
+    flags = [f"--verifier={saved / 'verifier'}", "--limit=4", "--max-new-tokens=8", "--n=2", "--temperature=1"]
+    flags += ["--trace", "--sweep=beta=0,1", "--plots", f"--supervision={tmp_path / 'supervision.jsonl'}"]
+    assert main(["eval", *places, *flags]) == 0
+    names = {"accuracy_by_beta", "accuracy_by_cost", "accuracy_by_samples", "margins", "quality"}
+    drawn = {path.stem: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
+    assert drawn.keys() == names
+    assert all(content.startswith(b"\x89PNG") and len(content) > 5000 for content in drawn.values())
+
+
+def test_only_what_there_are_figures_for_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    report = greedy_report([True], [False])
+    assert [path.name for path in plot_report(report, tmp_path)] == ["accuracy_by_cost.png"]
+    with pytest.raises(ArgumentError, match="supervision: expected examples with measured qualities"):
+        plot_quality(Supervision([], None), tmp_path / "quality.png")
+
+
+def test_plots_without_matplotlib_are_refused_before_anything_is_loaded(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("llm2_fast.evaluation.plots.find_spec", lambda name: None)
+    assert main(["eval", "no/model", "no/problems", str(tmp_path / "out"), "--plots"]) == 2
+    assert "plots need: pip install 'llm2-fast[eval]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--supervision=x"], "--supervision: expected together with --plots, got x"),
         (["--sweep=beta"], "--sweep: expected OPTION=X,Y with numbers, got beta"),
         (["--sweep=beta=a"], "--sweep: expected OPTION=X,Y with numbers, got beta=a"),
         (["--limit=0"], "--limit: expected an integer >= 1, got 0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from llm2_fast.cli.json_lines import print_json
@@ -34,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="more steered arms: values of alpha, beta or candidate_top_k; repeatable, in all combinations",
     )
     parser.add_argument("--json", action="store_true", help="print the report as a JSON object")
+    parser.add_argument("--plots", action="store_true", help="also draw figures into OUTPUT")
+    parser.add_argument(
+        "--supervision", metavar="PATH", help="with --plots, also the qualities that `explore` measured: its directory"
+    )
     add_generation_options(parser, _DEFAULTS)
     add_load_options(parser)
 
@@ -45,11 +50,18 @@ def run(options: argparse.Namespace) -> int:
     for name in ("num_examples", "limit"):
         if getattr(options, name) is not None:
             check_number(f"--{name.replace('_', '-')}", getattr(options, name), integer=True, minimum=1)
+    if options.supervision is not None and not options.plots:
+        raise ArgumentError("--supervision", "together with --plots", options.supervision)
     from llm2_fast.engine import load  # brings torch and transformers
     from llm2_fast.evaluation.markdown import to_markdown
+    from llm2_fast.evaluation.plots import check_matplotlib, plot_quality, plot_report
     from llm2_fast.evaluation.run import evaluate
     from llm2_fast.problems import load_problems
+    from llm2_fast.supervision import read_supervision
 
+    if options.plots:
+        check_matplotlib()
+    supervision = None if options.supervision is None else read_supervision(options.supervision)
     problems = load_problems(options.problems)[: options.limit]
     examples = load_problems(options.examples)[: options.num_examples] if options.examples else []
     engine = load(options.model, options.verifier, **load_options(options))
@@ -59,6 +71,10 @@ def run(options: argparse.Namespace) -> int:
         print_json(report)
     else:
         print(to_markdown(report), end="")
+    if options.plots:
+        plot_report(report, Path(options.output))
+    if supervision is not None:
+        plot_quality(supervision, Path(options.output) / "quality.png")
     return 0
 
 
