@@ -432,6 +432,7 @@ def test_a_harmful_verifier_is_warned_of(tmp_path, caplog, monkeypatch):
     [
         ({"problems": []}, {}, "problems: expected at least one problem"),
         ({"problems": [{"question": "1 ?", "answer": "\\boxed{}"}]}, {}, "answer: expected a final answer"),
+        ({"examples": PROBLEMS[3:5]}, {}, "examples: expected none of the problems"),
         ({"config": {"n": 2}}, {}, "config: expected a GenerationConfig or None, got dict"),
         ({}, {"max_new_tokens": 1000}, "problems\\[0\\]: expected prompt and max_new_tokens within the context of 96"),
         ({}, {"no_such_option": 1}, "no_such_option"),
@@ -464,7 +465,8 @@ def saved(tmp_path_factory):
 def test_eval(saved, tmp_path, capsys):
     places = [str(saved / "model"), str(saved / "problems.jsonl"), str(tmp_path)]
     flags = [f"--verifier={saved / 'verifier'}", "--limit=5", "--beta=3", "--max-new-tokens=10"]
-    few_shot = [f"--examples={saved / 'problems.jsonl'}", "--num-examples=1", "--sweep=beta=0.5,1"]
+    (tmp_path / "examples.jsonl").write_text("".join(f"{json.dumps(e)}\n" for e in arithmetic.problems(3, seed=7)))
+    few_shot = [f"--examples={tmp_path / 'examples.jsonl'}", "--num-examples=1", "--sweep=beta=0.5,1"]
     assert main(["eval", *places, *flags, *few_shot]) == 0
     out = capsys.readouterr().out
     assert out == (tmp_path / "report.md").read_text()

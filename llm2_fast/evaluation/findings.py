@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from llm2_fast.evaluation.arms import PLAIN, TRUNCATED
+from llm2_fast.evaluation.arms import PLAIN
 from llm2_fast.evaluation.report import ACCURACY, ArmReport, Comparison, EvaluationReport
 
 # Docs state these; what is significant is said in `Comparison.significance` and `statistics.CONFIDENCE`.
@@ -35,10 +35,10 @@ class Failure:
 
 
 def find_failures(report: EvaluationReport) -> list[Failure]:
-    """What is wrong with the steered arms; nothing is said about fewer than `MIN_PROBLEMS` problems."""
+    """What is wrong with the arms that System 2 steers; nothing is said about fewer than `MIN_PROBLEMS` problems."""
     if report.num_problems < MIN_PROBLEMS:
         return []
-    steered = [arm for arm in report.arms if arm.baseline is not None and not arm.name.startswith(TRUNCATED)]
+    steered = [arm for arm in report.arms if arm.settings and arm.settings["beta"] > 0]
     return [failure for arm in steered for failure in _failures(report, arm)]
 
 

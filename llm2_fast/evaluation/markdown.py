@@ -52,7 +52,7 @@ def _comparison_table(report: EvaluationReport) -> Iterator[str]:
     for c in report.comparisons:
         other = c.other if c.metric == c.other_metric else f"{c.other} ({c.other_metric})"
         p_value = "" if c.p_value is None else f"{c.p_value:.3g}"
-        verdict = {1: "better", -1: "worse", 0: ""}[c.significance]
+        verdict = "" if report.num_problems < MIN_PROBLEMS else {1: "better", -1: "worse", 0: ""}[c.significance]
         rows.append([c.arm, c.metric, other, _points(c.difference), f"{c.wins}:{c.losses}", p_value, verdict])
     return _table(["arm", "metric", "against", "difference", "wins:losses", "McNemar p", "significant"], rows)
 

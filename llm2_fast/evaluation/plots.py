@@ -15,9 +15,10 @@ from llm2_fast.supervision import Supervision
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SIZE = (6.4, 4.2)  # inches
+_SIZE = (8.0, 4.2)  # inches, with the legend beside the axes
 _DPI = 150
 _QUALITY_BINS = 20
+_MARGIN_BINS = 40
 
 
 def check_matplotlib() -> None:
@@ -62,7 +63,6 @@ def plot_quality(supervision: Supervision, path: Path) -> Path:
         labels = [f"negatives ({len(negatives)})", f"others ({len(spared)})"]
         axes.hist([negatives, spared], bins=_QUALITY_BINS, stacked=True, label=labels)
         axes.set(xlabel="quality Q of a candidate", ylabel="candidates")
-        axes.legend()
 
     return _save(path, draw)
 
@@ -91,7 +91,6 @@ def _draw_beta(axes: Axes, report: EvaluationReport, steered: list[ArmReport]) -
         _errorbar(axes, [arm.settings["beta"] for arm in arms], [(arm, ACCURACY) for arm in arms], label)
     axes.axhline(100 * report.arm(PLAIN).metrics[ACCURACY].mean, color="gray", linestyle="--", label=PLAIN)
     axes.set(xlabel="beta", ylabel=f"{ACCURACY}, %")
-    axes.legend()
 
 
 def _draw_cost(axes: Axes, report: EvaluationReport) -> None:
@@ -100,7 +99,6 @@ def _draw_cost(axes: Axes, report: EvaluationReport) -> None:
         label = arm.name if arm.baseline is None else f"{arm.name}: {arm.ambiguous_share:.0%} ambiguous"
         _errorbar(axes, [1000 * arm.seconds_per_token], [(arm, ACCURACY)], label)
     axes.set(xlabel="milliseconds per token", ylabel=f"{ACCURACY}, %")
-    axes.legend()
 
 
 def _draw_samples(axes: Axes, report: EvaluationReport) -> None:
@@ -110,19 +108,23 @@ def _draw_samples(axes: Axes, report: EvaluationReport) -> None:
             names = [name for name in arm.metrics if name.startswith(f"{kind}@")]
             if names:
                 counts = [1, *(int(name.partition("@")[2]) for name in names)]
-                _errorbar(axes, counts, [(arm, name) for name in (ACCURACY, *names)], label)
+                estimates = [arm.metrics[name] for name in (ACCURACY, *names)]
+                axes.plot(counts, [100 * e.mean for e in estimates], marker="o", label=label)
+                axes.fill_between(
+                    counts, [100 * e.low for e in estimates], [100 * e.high for e in estimates], alpha=0.1
+                )
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(counts, labels=map(str, counts))
     axes.set(xlabel="samples", ylabel="chosen answer is right, %")
-    axes.set_xscale("log", base=2)
-    axes.legend()
 
 
 def _draw_margins(axes: Axes, steered: list[ArmReport]) -> None:
     for arm in steered:
         if total := sum(arm.margins.values()):
             margins = [float(margin) for margin in arm.margins]
-            axes.plot(margins, [count / total for count in arm.margins.values()], drawstyle="steps-mid", label=arm.name)
+            shares = [count / total for count in arm.margins.values()]
+            axes.hist(margins, bins=_MARGIN_BINS, weights=shares, histtype="step", label=arm.name)
     axes.set(xlabel="best score less second best", ylabel="share of ambiguous steps")
-    axes.legend()
 
 
 def _errorbar(axes: Axes, x: list[float], points: list[tuple[ArmReport, str]], label: str) -> None:
@@ -140,5 +142,6 @@ def _save(path: Path, draw: Callable[[Axes], None]) -> Path:
 
     figure = Figure(figsize=_SIZE, layout="constrained")
     draw(figure.subplots())
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=_DPI)
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -85,6 +86,8 @@ def evaluate(
     config = (config or GenerationConfig()).merge(**overrides)
     examples, chosen = load_problems(examples), unique_problems(problems)
     check_answers([*chosen, *examples])
+    if known := {problem.question for problem in chosen} & {example.question for example in examples}:
+        raise ArgumentError("examples", "none of the problems", repr(min(known)))
     if examples:
         config = config.merge(stop=tuple(dict.fromkeys([*config.stop, FEW_SHOT_STOP])))
     arms = make_arms(config, sweep or {}, verified=engine.verifier is not None)
@@ -129,7 +132,7 @@ class _Evaluator:
     def run(self, problems: list[Problem], done: set[str | None]) -> Iterator[Record]:
         """Decode what is not done, some problems in every arm, then the next: their times are those of one moment."""
         done = set(done)  # the store adds to its own while this runs
-        size = max(1, _BATCHES * self._engine.max_batch_size // self._arms[0].config.n)
+        size = math.ceil(_BATCHES * self._engine.max_batch_size / self._arms[0].config.n)
         for start in range(0, len(problems), size):
             for arm in self._arms:
                 group = [p for p in problems[start : start + size] if record_id(p.id, arm.key) not in done]
