@@ -341,6 +341,20 @@ def test_sampled_arms_are_those_of_the_engine(tmp_path):
     assert {"pass@1", "pass@2", "pass@4", "maj@2", "maj@4", "best@2", "best@4"} == set(report.arm("plain").metrics)
 
 
+def test_plain_decoding_has_the_options_of_the_engine(tmp_path):
+    options = {"tokenizer": TOKENIZER, "backend": "cpu", "quantization": "int8", "kv_cache_memory_bytes": CACHE_BYTES}
+    quantized = llm2_fast.load(MODEL, head_verifier(MODEL), **options, max_batch_size=3, max_length=40)
+    plain = quantized.without_verifier()
+    assert (plain.max_batch_size, plain.max_length, plain.verifier) == (3, 40, None)
+    assert plain.without_verifier() is plain
+    evaluate(quantized, PROBLEMS[:3], tmp_path, **GREEDY)
+    assert json.loads((tmp_path / "manifest.json").read_text())["options"]["quantization"] == "int8"
+    expected = llm2_fast.load(MODEL, **options)
+    for problem in load_problems(PROBLEMS[:3]):
+        (generation,) = expected.generate([{"role": "user", "content": problem.question}], **GREEDY)
+        assert read(tmp_path)[f"{problem.id} plain"].samples[0].text == generation.text
+
+
 def test_few_shot_prompts_are_text_and_stop_before_another_problem(tmp_path):
     evaluate(engine(), PROBLEMS[:2], tmp_path, examples=arithmetic.problems(2, seed=7), **GREEDY)
     manifest = json.loads((tmp_path / "manifest.json").read_text())

@@ -37,10 +37,7 @@ def fingerprint(model: PreTrainedModel | ModelSource) -> str:
     for field in _SHAPE_FIELDS:
         digest.update(f"{field}={_canonical(getattr(config, field, None))};".encode())
     for name, parameter in sorted(base.named_parameters()):
-        if parameter.dim() > 1:
-            sample = source.rows(parameter, _sampled_rows(parameter))
-        else:
-            sample = source.tensor(parameter)
+        sample = source.rows(parameter, _sampled_rows(parameter)) if parameter.dim() > 1 else source.tensor(parameter)
         digest.update(_encode(name, sample))
     return digest.hexdigest()[:32]
 
