@@ -12,6 +12,7 @@ _PUBLIC = {
     "ArgumentError": "errors",
     "CheckpointError": "errors",
     "Engine": "engine",
+    "EvaluationReport": "evaluation.report",
     "ExplorationConfig": "exploration.config",
     "ExplorationReport": "exploration.report",
     "Generation": "results",
@@ -24,6 +25,7 @@ _PUBLIC = {
     "StreamEvent": "results",
     "TraceStep": "results",
     "Verifier": "verifier",
+    "evaluate": "evaluation.run",
     "explore": "exploration.run",
     "generate": "engine",
     "load": "engine",
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
         Llm2FastError,
         MissingDependencyError,
     )
+    from llm2_fast.evaluation.report import EvaluationReport
+    from llm2_fast.evaluation.run import evaluate
     from llm2_fast.exploration.config import ExplorationConfig
     from llm2_fast.exploration.report import ExplorationReport
     from llm2_fast.exploration.run import explore

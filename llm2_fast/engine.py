@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,8 +99,10 @@ def load(
         )
     chosen = _choose_backend(loaded, verifier, quantization) if backend == "auto" else _BACKENDS[backend]
     options = {"cache_packed": cache_packed, "quantization": int8} if chosen is CpuBackend else {}
-    running = chosen(loaded, verifier, kv_cache_memory_bytes, **options)
-    return Engine(running, loaded, verifier, max_batch_size=max_batch_size, max_length=max_length)
+    options["kv_cache_memory_bytes"] = kv_cache_memory_bytes
+    running = chosen(loaded, verifier, **options)
+    limits = {"max_batch_size": max_batch_size, "max_length": max_length}
+    return Engine(running, loaded, verifier, **limits, backend_options=options)
 
 
 def generate(
@@ -152,9 +154,10 @@ class Engine:
         *,
         max_batch_size: int,
         max_length: int | None,
+        backend_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.verifier, self.max_batch_size = model, verifier, max_batch_size
-        self._backend = backend
+        self._backend, self._backend_options = backend, backend_options or {}
         self._turns = threading.Condition()  # threads take turns, a step at a time
         self._schedules: list[Schedule] = []  # of the calls under way, the first to begin first
         limits = [limit for limit in (backend.max_position_embeddings, max_length) if limit is not None]
@@ -170,6 +173,18 @@ class Engine:
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a sample."""
         return self._eos_token_ids
+
+    def without_verifier(self) -> Engine:
+        """An engine over the same model, loaded with the same options, that decodes plainly.
+
+        Itself if it has no verifier. Otherwise weights are packed for it once more, and the bound on caches holds for
+        each of the two. They must not run at the same time.
+        """
+        if self.verifier is None:
+            return self
+        backend = type(self._backend)(self.model, None, **self._backend_options)
+        limits = {"max_batch_size": self.max_batch_size, "max_length": self.max_length}
+        return Engine(backend, self.model, None, **limits, backend_options=self._backend_options)
 
     @contextmanager
     def exclusive_backend(self) -> Iterator[Backend]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2_fast.answers import GoldAnswer
+from llm2_fast.answers import GoldAnswer, answers_equal
 from llm2_fast.errors import ArgumentError
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -47,12 +47,20 @@ class Problem:
         return GoldAnswer.parse(self.answer)
 
     @property
+    def rationale(self) -> str:
+        """The reference without annotations and `#### x`; empty if it is the final answer only."""
+        return _FINAL.sub("", _CALCULATOR.sub("", self.answer)).strip() if self.has_solution else ""
+
+    @property
     def solution(self) -> str:
         """The reference as a model would say it: no annotations, and `#### x` spelled out."""
         return _FINAL.sub(r"\nThe answer is \1.", _CALCULATOR.sub("", self.answer)).strip()
 
 
-def load_problems(source: str | os.PathLike[str] | Iterable[Problem | Mapping[str, Any]]) -> list[Problem]:
+ProblemSource = str | os.PathLike[str] | Iterable[Problem | Mapping[str, Any]]
+
+
+def load_problems(source: ProblemSource) -> list[Problem]:
     """Problems from a JSON-lines file with `question` and `answer`, or from mappings with these keys.
 
     Raises:
@@ -68,6 +76,25 @@ def load_problems(source: str | os.PathLike[str] | Iterable[Problem | Mapping[st
         if line.strip():
             problems.append(parse_problem(line, f"{path.name}:{number}"))
     return problems
+
+
+def unique_problems(source: ProblemSource) -> list[Problem]:
+    """As `load_problems`, each once. Raises `ArgumentError` also if there is none."""
+    problems = list({problem.id: problem for problem in load_problems(source)}.values())
+    if not problems:
+        raise ArgumentError("problems", "at least one problem", "none")
+    return problems
+
+
+def check_answers(problems: Iterable[Problem]) -> None:
+    """Raise unless solutions can be compared with the gold answer of every problem.
+
+    Raises:
+        ArgumentError: A problem has no gold answer.
+        MissingDependencyError: `math-verify` is needed to compare answers.
+    """
+    if "math" in [problem.gold.kind for problem in problems]:
+        answers_equal("1", "1", "math")
 
 
 def parse_problem(line: str, where: str) -> Problem:

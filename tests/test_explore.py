@@ -24,9 +24,9 @@ from llm2_fast.cli import main
 from llm2_fast.errors import CacheFullError
 from llm2_fast.exploration.pairs import Pairs
 from llm2_fast.exploration.rollouts import RolloutPool
-from llm2_fast.exploration.store import ShardStore
 from llm2_fast.exploration.tally import Tally
 from llm2_fast.problems import load_problems
+from llm2_fast.store import ShardStore
 from llm2_fast.supervision import TokenPair, TokenQuality, check_positions, read_supervision, tokenize_messages
 from verifiers import head_verifier
 
@@ -466,7 +466,7 @@ def test_the_command_line_explores(tmp_path, capsys):
     assert main([*arguments, str(tmp_path / "out"), *options]) == 0
     assert "0 explored, 3 there already" in capsys.readouterr().out
     assert main([*arguments, str(tmp_path / "out"), "--n=7"]) == 2
-    assert "expected supervision made with the same model and options" in capsys.readouterr().err
+    assert "expected results of the same model and options" in capsys.readouterr().err
     assert main([*arguments, str(tmp_path / "out"), "--quality=beauty"]) == 2
     assert "invalid choice: 'beauty'" in capsys.readouterr().err
 

@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 
 import arithmetic
 import llm2_fast
-from llm2_fast import ArgumentError, explore
-from llm2_fast.exploration import store
-from llm2_fast.exploration.store import ShardStore
+from llm2_fast import ArgumentError, explore, store
 from llm2_fast.problems import load_problems
+from llm2_fast.store import ShardStore
 from llm2_fast.supervision import Manifest, SupervisionExample, TokenPair, TokenQuality, read_supervision
 
 MANIFEST = Manifest("tiny", "f" * 32, "0" * 32, "1" * 32, {"alpha": 0.1, "thresholds": [0.5]}, "0.1.0")
@@ -34,6 +33,10 @@ def example(number):
     return SupervisionExample(MESSAGES, [TokenPair(4, 7, 12)], [quality], id=f"{number:016x}")
 
 
+def open_store(path, manifest):
+    return ShardStore(path, manifest, SupervisionExample.from_json)
+
+
 def names(path):
     return sorted(file.name for file in path.iterdir())
 
@@ -44,7 +47,7 @@ def small_shards(monkeypatch):
 
 
 def test_shards_are_full_but_for_the_last(tmp_path):
-    with ShardStore(tmp_path / "new" / "out", MANIFEST) as opened:
+    with open_store(tmp_path / "new" / "out", MANIFEST) as opened:
         for number in range(7):
             opened.append(example(number))
     path = tmp_path / "new" / "out"
@@ -52,7 +55,7 @@ def test_shards_are_full_but_for_the_last(tmp_path):
     assert [len(file.read_text().splitlines()) for file in sorted(path.glob("shard*"))] == [3, 3, 1]
     read = read_supervision(path)
     assert (read.examples, read.manifest) == ([example(number) for number in range(7)], MANIFEST)
-    with ShardStore(path, MANIFEST) as opened:  # later ones go to a new shard
+    with open_store(path, MANIFEST) as opened:  # later ones go to a new shard
         assert opened.ids == {example(number).id for number in range(7)}
         opened.append(example(7))
     assert len(read_supervision(path).examples) == 8
@@ -61,7 +64,7 @@ def test_shards_are_full_but_for_the_last(tmp_path):
 @given(num_examples=st.integers(1, 5), data=st.data())
 def test_a_crash_at_any_byte_loses_only_the_example_under_way(tmp_path_factory, num_examples, data):
     path = tmp_path_factory.mktemp("store")
-    opened = ShardStore(path, MANIFEST)
+    opened = open_store(path, MANIFEST)
     for number in range(num_examples):
         opened.append(example(number))
     opened._lock.close()  # the process has died
@@ -71,7 +74,7 @@ def test_a_crash_at_any_byte_loses_only_the_example_under_way(tmp_path_factory, 
     cut = data.draw(st.integers(0, length))
     os.truncate(part, cut)
     survivors = num_examples - (length // line) + cut // line
-    with ShardStore(path, MANIFEST) as resumed:
+    with open_store(path, MANIFEST) as resumed:
         assert len(resumed.ids) == survivors
         for number in range(survivors, num_examples):
             resumed.append(example(number))
@@ -79,7 +82,7 @@ def test_a_crash_at_any_byte_loses_only_the_example_under_way(tmp_path_factory, 
 
 
 def test_a_failed_write_leaves_no_half_line(tmp_path, monkeypatch):
-    with ShardStore(tmp_path, MANIFEST) as opened:
+    with open_store(tmp_path, MANIFEST) as opened:
         opened.append(example(0))
 
         def full(_descriptor):
@@ -95,19 +98,19 @@ def test_a_failed_write_leaves_no_half_line(tmp_path, monkeypatch):
 
 
 def test_an_example_is_written_once(tmp_path):
-    with ShardStore(tmp_path, MANIFEST) as opened:
+    with open_store(tmp_path, MANIFEST) as opened:
         opened.append(example(0))
-        with pytest.raises(ArgumentError, match="example: expected an id that is not on disk yet"):
+        with pytest.raises(ArgumentError, match="record: expected an id that is not on disk yet"):
             opened.append(example(0))
 
 
 def test_one_process_at_a_time(tmp_path):
     with (
-        ShardStore(tmp_path, MANIFEST),
+        open_store(tmp_path, MANIFEST),
         pytest.raises(ArgumentError, match="output_dir: expected a directory that no other process writes"),
     ):
-        ShardStore(tmp_path, MANIFEST)
-    ShardStore(tmp_path, MANIFEST).close()
+        open_store(tmp_path, MANIFEST)
+    open_store(tmp_path, MANIFEST).close()
 
 
 @pytest.mark.parametrize(
@@ -121,19 +124,19 @@ def test_one_process_at_a_time(tmp_path):
     ],
 )
 def test_other_models_and_options_do_not_mix(tmp_path, change, message):
-    ShardStore(tmp_path, MANIFEST).close()
+    open_store(tmp_path, MANIFEST).close()
     with pytest.raises(ArgumentError, match=message):
-        ShardStore(tmp_path, dataclasses.replace(MANIFEST, **change))
-    ShardStore(tmp_path, dataclasses.replace(MANIFEST, model="elsewhere", llm2_fast_version="9")).close()
+        open_store(tmp_path, dataclasses.replace(MANIFEST, **change))
+    open_store(tmp_path, dataclasses.replace(MANIFEST, model="elsewhere", llm2_fast_version="9")).close()
 
 
 def test_foreign_directories_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match="output_dir: expected a directory"):
-        ShardStore(tmp_path / "file", MANIFEST)
+        open_store(tmp_path / "file", MANIFEST)
     (tmp_path / "shard-00000.jsonl").write_text(example(0).to_json())
     with pytest.raises(ArgumentError, match="expected an empty directory, or one with a manifest"):
-        ShardStore(tmp_path, MANIFEST)
+        open_store(tmp_path, MANIFEST)
 
 
 # --- Whole explorations ------------------------------------------------------------------------------------------

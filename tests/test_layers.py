@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "version"),
     ("config", "results", "rng", "sequence"),
-    ("answers", "datacheck", "detokenizer", "problems", "prompts", "request", "supervision"),
+    ("answers", "datacheck", "detokenizer", "problems", "prompts", "request", "store", "supervision"),
     ("reference",),
     ("kernels",),
     ("kernel_ops", "ops"),
@@ -28,7 +28,7 @@ LAYERS = (
     ("backends",),
     ("schedule",),
     ("engine", "train"),
-    ("evaluate", "exploration", "integrations"),
+    ("evaluation", "exploration", "integrations"),
     ("__init__",),
     ("cli", "__main__"),
 )
@@ -183,8 +183,8 @@ CLEAN_TREE = {
     "cache/blocks.py": "from ..errors import ArgumentError\n",
     "engine.py": "import llm2_fast.cache.blocks\n",
     "train/__init__.py": "from llm2_fast import cache\n",
-    "evaluate.py": "from llm2_fast.engine import LLM\n",
-    "exploration/__init__.py": "from llm2_fast.evaluate import answer\n",
+    "evaluation/__init__.py": "from llm2_fast.engine import LLM\n",
+    "exploration/__init__.py": "from llm2_fast.evaluation import answer\n",
     "cli.py": "from llm2_fast import __version__, engine\nfrom llm2_fast.train import fit\n",
 }
 
@@ -214,7 +214,7 @@ def test_checker_accepts_a_clean_tree(tmp_path: Path) -> None:
         ("engine.py", "from llm2_fast.train import fit\n", "beside it"),
         ("train/loop.py", "from llm2_fast.engine import LLM\n", "beside it"),
         ("exploration/__init__.py", "from llm2_fast.train import fit\n", "only the command line"),
-        ("evaluate.py", "import llm2_fast.exploration\n", "units import each other: evaluate, exploration"),
+        ("evaluation/__init__.py", "import llm2_fast.exploration\n", "each other: evaluation, exploration"),
         ("kernels/select.py", "from kernels import common\n", "imports kernels"),
         ("engine.py", "import bench.harness\n", "imports bench.harness"),
         ("cli.py", "from tests import tolerances\n", "imports tests"),

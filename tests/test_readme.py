@@ -20,7 +20,14 @@ from llm2_fast.models import smollm2
 from verifiers import head_verifier
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/embedding.md", "docs/supervision.md", "docs/training.md", "docs/verifiers.md")
+PAGES = (
+    "README.md",
+    "docs/embedding.md",
+    "docs/evaluation.md",
+    "docs/supervision.md",
+    "docs/training.md",
+    "docs/verifiers.md",
+)
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -98,6 +105,13 @@ def test_training(stand_in: Callable[[PreTrainedModel], None], trainable: PreTra
     names = run("docs/training.md")
     assert names["result"].num_pairs > 0
     assert names["engine"].verifier.kind == "lora"
+
+
+def test_evaluation(stand_in: Callable[[PreTrainedModel], None], capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in(tiny.causal_lm("llama"))
+    names = run("docs/evaluation.md")
+    assert [arm.name for arm in names["report"].arms] == ["plain", "truncated", "verified", "verified, beta 0.5"]
+    assert "verified maj@4 against plain" in capsys.readouterr().out
 
 
 def test_commands_parse() -> None:

@@ -147,6 +147,15 @@ class Programs(RuleBasedStateMachine):
         for (slot, ids), (scores, _) in zip(candidates.items(), results, strict=True):
             assert_scores(scores, self.score, self.sequences[slot], ids)
 
+    @rule(slot=slots, tokens=tokens)
+    def score_tokens(self, slot, tokens):
+        if len(self.sequences[slot]) + len(tokens) < MAX_LENGTH:
+            (scores,) = self.session.score_tokens([slot], [tokens])
+            assert len(scores) == len(tokens)
+            for token, score in zip(tokens, scores, strict=True):
+                assert_scores(score[None], self.score, self.sequences[slot], [token])
+                self.sequences[slot].append(token)
+
     # What a decoding loop does with candidates just scored; single calls in a row seldom meet on one slot.
 
     @rule(slot=slots, candidates=taken, share=st.sampled_from([0.0, 0.5, 1.0]))
@@ -383,3 +392,16 @@ def test_an_interrupted_pass_leaves_no_wrong_rows(session, score):
         scores_of(session, slot, [5, 6])
     session.extend(slot, [3])  # its row was overwritten in the first layer
     assert_scores(scores_of(session, slot, [7]), score, [*PREFIX, 3], [7])
+
+
+def test_scoring_tokens_that_cannot_be_appended_changes_nothing(session):
+    slot = session.add(PREFIX)
+    for slots, tokens, message in (
+        ([slot], [[VOCAB]], "token_ids: expected ids in"),
+        ([slot], [[3] * 100], "token_ids: expected at most"),
+        ([slot, slot], [[3], [3]], "slots: expected distinct slots"),
+        ([slot], [], "token_ids: expected tokens for each of 1 slots, got 0"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            session.score_tokens(slots, tokens)
+    assert session.token_ids(slot) == PREFIX

@@ -386,3 +386,14 @@ def test_session_without_a_base_names_what_is_missing():
     verifier = verifiers.head_verifier(tiny.causal_lm("llama"))
     with pytest.raises(CheckpointError, match="'tiny'"):
         verifier.session()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fingerprints_tell_verifiers_apart(kind, tmp_path):
+    verifier = case("llama", kind).verifier
+    verifier.save_pretrained(tmp_path)
+    assert len(verifier.fingerprint) == 32
+    assert Verifier.from_pretrained(tmp_path).fingerprint == verifier.fingerprint
+    (path,) = tmp_path.glob("*.safetensors")
+    edit_tensors(path, lambda tensors: {name: 2 * t if "score" in name else t for name, t in tensors.items()})
+    assert Verifier.from_pretrained(tmp_path).fingerprint != verifier.fingerprint

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from llm2_fast.cli import data, demo, explore, generate, info, train
+from llm2_fast.cli import data, demo, explore, generate, info, trace, train
+from llm2_fast.cli import eval as evaluate
 from llm2_fast.errors import Llm2FastError
 from llm2_fast.version import __version__
 
@@ -81,7 +82,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (generate, demo, explore, data, train, info):
+    for command in (generate, trace, demo, explore, data, train, evaluate, info):
         subparser = commands.add_parser(
             command.__name__.rpartition(".")[2], help=command.SUMMARY, description=f"{command.SUMMARY}."
         )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from llm2_fast.answers import answers_equal
 from llm2_fast.config import check_number
 from llm2_fast.engine import Engine
 from llm2_fast.errors import ArgumentError
@@ -19,15 +18,14 @@ from llm2_fast.exploration.cluster import RayExplorer
 from llm2_fast.exploration.config import ExplorationConfig
 from llm2_fast.exploration.local import LocalExplorer
 from llm2_fast.exploration.report import ExplorationReport
-from llm2_fast.exploration.store import ShardStore
-from llm2_fast.problems import Problem, load_problems
-
-Problems = str | os.PathLike[str] | Iterable[Problem | Mapping[str, Any]]
+from llm2_fast.problems import ProblemSource, check_answers, unique_problems
+from llm2_fast.store import ShardStore
+from llm2_fast.supervision import SupervisionExample
 
 
 def explore(
     model: Engine | str | os.PathLike[str] | PreTrainedModel,
-    problems: Problems,
+    problems: ProblemSource,
     output_dir: str | os.PathLike[str],
     config: ExplorationConfig | None = None,
     *,
@@ -73,13 +71,15 @@ def explore(
         raise ArgumentError("engine", "'local' or 'ray'", repr(engine))
     if num_workers is not None:
         check_number("num_workers", num_workers, integer=True, minimum=1)
-    chosen = _check_problems(problems, config)
+    chosen = unique_problems(problems)
+    if config.needs_answers:
+        check_answers(chosen)
     options = (model, load_options or {}, config, max_batch_size)
     report = ExplorationReport()
     start = time.perf_counter()
     with (
         closing(LocalExplorer(*options) if engine == "local" else RayExplorer(*options, num_workers)) as explorer,
-        ShardStore(output_dir, explorer.manifest()) as store,
+        ShardStore(output_dir, explorer.manifest(), SupervisionExample.from_json) as store,
     ):
         waiting = [problem for problem in chosen if problem.id not in store.ids]
         report.resumed = len(chosen) - len(waiting)
@@ -103,13 +103,3 @@ def _merge_config(config: ExplorationConfig | None, overrides: Mapping[str, Any]
     if config is not None and not isinstance(config, ExplorationConfig):
         raise ArgumentError("config", "an ExplorationConfig or None", type(config).__name__)
     return (config or ExplorationConfig()).merge(**overrides)
-
-
-def _check_problems(problems: Problems, config: ExplorationConfig) -> list[Problem]:
-    """The problems, each once. Raises if there is none, or an answer that cannot be compared with others."""
-    unique = list({problem.id: problem for problem in load_problems(problems)}.values())
-    if not unique:
-        raise ArgumentError("problems", "at least one problem", "none")
-    if config.needs_answers and "math" in {problem.gold.kind for problem in unique}:
-        answers_equal("1", "1", "math")  # `math-verify` is there
-    return unique

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -36,14 +37,35 @@ def fingerprint(model: PreTrainedModel | ModelSource) -> str:
     for field in _SHAPE_FIELDS:
         digest.update(f"{field}={_canonical(getattr(config, field, None))};".encode())
     for name, parameter in sorted(base.named_parameters()):
-        if parameter.dim() > 1:
-            num_rows = len(parameter)
-            sample = source.rows(parameter, [0, num_rows // 2, num_rows - 1]).flatten(1)[:, :_SAMPLE]
-        else:
-            sample = source.tensor(parameter)
-        sample = sample.to(device="cpu", dtype=torch.bfloat16).contiguous()
-        digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
+        sample = source.rows(parameter, _sampled_rows(parameter)) if parameter.dim() > 1 else source.tensor(parameter)
+        digest.update(_encode(name, sample))
     return digest.hexdigest()[:32]
+
+
+def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of a sample of every tensor, rounded to bfloat16 as by `fingerprint`.
+
+    Args:
+        tensors: By name.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(_encode(name, tensor.detach()[_sampled_rows(tensor)] if tensor.dim() > 1 else tensor.detach()))
+    return digest.hexdigest()[:32]
+
+
+def _sampled_rows(tensor: torch.Tensor) -> list[int]:
+    return [0, len(tensor) // 2, len(tensor) - 1]
+
+
+def _encode(name: str, sample: torch.Tensor) -> bytes:
+    """A name and the sampled rows, [rows, ...], or values of a tensor."""
+    sample = sample.flatten(1)[:, :_SAMPLE] if sample.dim() > 1 else sample
+    sample = sample.to(device="cpu", dtype=torch.bfloat16).contiguous()
+    return name.encode() + sample.view(torch.int16).numpy().tobytes()
 
 
 def _canonical(value: object) -> str:

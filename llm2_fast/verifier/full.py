@@ -19,6 +19,7 @@ from transformers import (
 from llm2_fast.errors import CheckpointError, IncompatibleVerifierError
 from llm2_fast.models.checkpoint import open_checkpoint, weight_files
 from llm2_fast.models.decoder import FINAL_LAYER, Decoder
+from llm2_fast.models.fingerprint import fingerprint, tensors_fingerprint
 from llm2_fast.models.loading import LoadedModel, load_tokenizer, resolve_device, resolve_dtype, tokenizer_hash
 from llm2_fast.models.source import MemorySource, ModelSource
 from llm2_fast.verifier.scorer import Scorer
@@ -74,6 +75,10 @@ class FullVerifier(Verifier):
         """The whole decoder. Loaded on first use: compiled decoders do not need it."""
         self.source = self.source.load()  # from now on what counts, since whoever has it may change it
         return self.source.skeleton
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.source)[:16] + tensors_fingerprint(self.head.state_dict())[:16]
 
     def check_compatible(self, model: LoadedModel) -> None:
         theirs = model.config.get_text_config().vocab_size

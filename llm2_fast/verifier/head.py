@@ -12,6 +12,7 @@ from torch import nn
 
 from llm2_fast.errors import CheckpointError
 from llm2_fast.models.decoder import FINAL_LAYER, Decoder
+from llm2_fast.models.fingerprint import tensors_fingerprint
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.verifier.scorer import Scorer
 from llm2_fast.verifier.verifier import Verifier, read_json, read_tensors
@@ -54,6 +55,10 @@ class HeadVerifier(Verifier):
     def __init__(self, head: ScoreHead, *, base_name: str, base_fingerprint: str) -> None:
         super().__init__(base_name=base_name, base_fingerprint=base_fingerprint)
         self.head = head.requires_grad_(False)
+
+    @property
+    def fingerprint(self) -> str:
+        return tensors_fingerprint(self.head.state_dict())
 
     def head_for(self, model: LoadedModel) -> ScoreHead:
         self.check_compatible(model)

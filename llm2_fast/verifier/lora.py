@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from llm2_fast.cache.slots import SlotCache
 from llm2_fast.errors import CheckpointError, IncompatibleVerifierError
 from llm2_fast.models.decoder import FINAL_LAYER, Decoder, Rows
-from llm2_fast.models.fingerprint import fingerprint
+from llm2_fast.models.fingerprint import fingerprint, tensors_fingerprint
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.verifier.head import ScoreHead
 from llm2_fast.verifier.scorer import Scorer
@@ -117,6 +117,10 @@ class LoraVerifier(Verifier):
         _refuse_unsupported(adapter_config)
         self._config, self._tensors = adapter_config, tensors
         self._deltas, self._score = _parse_tensors(adapter_config, tensors)
+
+    @property
+    def fingerprint(self) -> str:
+        return tensors_fingerprint(self._tensors)
 
     def check_compatible(self, model: LoadedModel) -> None:
         super().check_compatible(model)

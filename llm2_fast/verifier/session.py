@@ -108,6 +108,36 @@ class VerifierSession:
             results.append((scored, len(row)))
         return results
 
+    def score_tokens(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Append tokens to each sequence and score each of them, given those before, in one pass.
+
+        Args:
+            slots: Distinct slots.
+            token_ids: Tokens of each.
+
+        Returns:
+            Per slot the scores, float32 [len(tokens)] on the CPU.
+
+        Raises:
+            ArgumentError: As for `extend`, or slots and tokens do not fit together; nothing has been appended then.
+        """
+        slots, token_ids = list(slots), [list(tokens) for tokens in token_ids]
+        self._check_slots(slots, "token_ids", len(token_ids))
+        token_ids = [
+            self._checked(tokens, len(self._tokens[slot])) for slot, tokens in zip(slots, token_ids, strict=True)
+        ]
+        rows = []
+        for slot, tokens in zip(slots, token_ids, strict=True):
+            pending = self._tokens[slot][self._cache.lengths[slot] :]
+            self._tokens[slot].extend(tokens)
+            rows.append(Rows(slot, [*pending, *tokens]))
+            self._scored[slot] = []
+        scores = self._forward(rows)
+        return [
+            scores[row.slot][len(row) - len(tokens) : len(row)].clone() if tokens else torch.empty(0)
+            for row, tokens in zip(rows, token_ids, strict=True)
+        ]
+
     def compute(self, slots: Sequence[int]) -> None:
         """Cache the tokens noted so far, in one pass, so that forks share them."""
         rows = [Rows(slot, self._known(slot)[self._cache.lengths[slot] :]) for slot in slots]
@@ -128,17 +158,20 @@ class VerifierSession:
         return dict(zip((row.slot for row in rows), self._scorer.forward(self._cache, rows).cpu(), strict=True))
 
     def _check_question(self, slots: list[int], candidate_ids: list[list[int]]) -> None:
-        for slot in slots:
-            self._known(slot)
-        if len(set(slots)) != len(slots):
-            raise ArgumentError("slots", "distinct slots", slots)
-        if len(candidate_ids) != len(slots):
-            raise ArgumentError("candidate_ids", f"candidates for each of {len(slots)} slots", f"{len(candidate_ids)}")
+        self._check_slots(slots, "candidate_ids", len(candidate_ids))
         for slot, candidates in zip(slots, candidate_ids, strict=True):
             if negative := [c for c in candidates if c < 0]:
                 raise ArgumentError("candidate_ids", "ids of at least 0", negative[0])
             if candidates:
                 self._checked([0], len(self._tokens[slot]))  # a candidate takes a position, too
+
+    def _check_slots(self, slots: list[int], name: str, count: int) -> None:
+        for slot in slots:
+            self._known(slot)
+        if len(set(slots)) != len(slots):
+            raise ArgumentError("slots", "distinct slots", slots)
+        if count != len(slots):
+            raise ArgumentError(name, f"tokens for each of {len(slots)} slots", f"{count}")
 
     def _checked(self, token_ids: Sequence[int], length: int) -> list[int]:
         limit = self._scorer.decoder.max_position_embeddings

@@ -92,6 +92,11 @@ class Verifier(ABC):
                 raise ArgumentError("path", f"no {kind.kind} verifier in the directory of a {self.kind} one", str(path))
         self._write(directory)
 
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of a sample of its own weights, rounded to bfloat16; 32 hexadecimal digits."""
+
     @abstractmethod
     def head_for(self, model: LoadedModel) -> Head:
         """The head that scores for `model`, after `check_compatible`. Loads no model."""

@@ -1,39 +1,58 @@
-"""`ShardStore`: examples on disk, safe against being killed at any time."""
+"""`ShardStore`: records on disk, safe against being killed at any time."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from llm2_fast.errors import ArgumentError
-from llm2_fast.supervision import SHARD_PATTERN, Manifest, SupervisionExample, manifest_path
+from llm2_fast.supervision import SHARD_PATTERN, Manifest, manifest_path
 
 _PART = ".part"
 _LOCK = ".lock"
 _SHARD_SIZE = 1000
 
 
-class ShardStore:
-    """A directory with a manifest and shards of examples.
+class Record(Protocol):
+    """What a store keeps, a line each."""
 
-    An example is on disk when `append` returns. The shard under way is called `shard-….jsonl.part` and may end in half
+    @property
+    def id(self) -> str | None:
+        """What tells it from the others."""
+
+    def to_json(self) -> str:
+        """One line, without its end."""
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+class ShardStore(Generic[RecordT]):
+    """A directory with a manifest and shards of records.
+
+    A record is on disk when `append` returns. The shard under way is called `shard-….jsonl.part` and may end in half
     a line after a crash, which the next store over the directory drops. When it is full, or at `close`, it is renamed,
     so files without that suffix are complete and never written again.
 
     Args:
         directory: Made if it is not there.
-        manifest: What the examples are made with.
+        manifest: What the records are made with.
+        parse: The record of a line; the second argument is what errors call it.
 
     Attributes:
-        ids: Of the problems whose examples are on disk.
+        ids: Of the records on disk.
 
     Raises:
-        ArgumentError: The directory belongs to supervision made otherwise, to another process, or to something else.
+        ArgumentError: The directory belongs to records made otherwise, to another process, or to something else.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], manifest: Manifest) -> None:
-        self._directory = Path(directory)
+    def __init__(
+        self, directory: str | os.PathLike[str], manifest: Manifest, parse: Callable[[str, str], RecordT]
+    ) -> None:
+        self._directory, self._parse = Path(directory), parse
         if self._directory.exists() and not self._directory.is_dir():
             raise ArgumentError("output_dir", "a directory", str(directory))
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -42,22 +61,22 @@ class ShardStore:
             self._take_lock()
             self._check_manifest(manifest)
             shards = sorted(self._directory.glob(SHARD_PATTERN))
-            self.ids = {example_id for shard in shards for example_id in _ids(shard)}
+            self.ids = {record_id for shard in shards for record_id in self._read_ids(shard)}
             self._number = len(shards)
             self._open_part()
         except BaseException:
             self._lock.close()
             raise
 
-    def append(self, example: SupervisionExample) -> None:
-        """Write one example, durably.
+    def append(self, record: RecordT) -> None:
+        """Write one record, durably.
 
         Raises:
             ArgumentError: Its id is there already.
         """
-        if example.id in self.ids:
-            raise ArgumentError("example", "an id that is not on disk yet", example.id)
-        line = memoryview(f"{example.to_json()}\n".encode())
+        if record.id in self.ids:
+            raise ArgumentError("record", "an id that is not on disk yet", record.id)
+        line = memoryview(f"{record.to_json()}\n".encode())
         written = 0
         try:
             while written < len(line):
@@ -67,7 +86,7 @@ class ShardStore:
             self._file.truncate(self._size)
             raise
         self._size += written
-        self.ids.add(example.id)
+        self.ids.add(record.id)
         self._count += 1
         if self._count == _SHARD_SIZE:
             self._finish_shard()
@@ -82,7 +101,7 @@ class ShardStore:
             self._part_path.unlink()
         self._lock.close()
 
-    def __enter__(self) -> ShardStore:
+    def __enter__(self) -> ShardStore[RecordT]:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,7 +127,7 @@ class ShardStore:
         path = manifest_path(self._directory)
         if path.is_file():
             if differences := Manifest.read(path).differences(manifest):
-                raise ArgumentError("output_dir", "supervision made with the same model and options", differences)
+                raise ArgumentError("output_dir", "results of the same model and options", differences)
         elif any(self._directory.glob(SHARD_PATTERN)):
             raise ArgumentError("output_dir", "an empty directory, or one with a manifest", str(self._directory))
         else:
@@ -125,7 +144,7 @@ class ShardStore:
         self._file.seek(0)
         self._size = self._file.read().rfind(b"\n") + 1
         self._file.truncate(self._size)
-        ids = _ids(self._part_path)
+        ids = self._read_ids(self._part_path)
         self.ids |= ids
         self._count = len(ids)
 
@@ -142,9 +161,6 @@ class ShardStore:
         finally:
             os.close(descriptor)
 
-
-def _ids(path: Path) -> set[str]:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return {
-        SupervisionExample.from_json(line, f"{path.name}:{number}").id for number, line in enumerate(lines, 1) if line
-    }
+    def _read_ids(self, path: Path) -> set[str | None]:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return {self._parse(line, f"{path.name}:{number}").id for number, line in enumerate(lines, 1) if line}
