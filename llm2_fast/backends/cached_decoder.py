@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from llm2_fast.models.spec import DecoderSpec
 BLOCK_SIZE = 32
 _PROBE_LENGTH = 9
 _PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # bfloat16 models round after every op, compiled ones seldom
+# Python has a name for it from 3.13 on; elsewhere memory is not reserved anyway.
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 MIN_SHARED_WEIGHTS = 1 << 16  # of one linear layer: threads meet after each, which takes as long as reading these
 _MAX_ROWS = 256  # of one pass over prompts: working memory stays small and the weights are read often enough
 
@@ -248,18 +252,19 @@ class CachedDecoder:
 
 
 def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Memory that nobody has written to yet.
+    """Addresses that get memory when they are first written to.
 
-    Not `torch.empty`, which under deterministic algorithms fills and thereby commits it. It need not be cleared: what
-    is not committed is never read.
+    Mapped without reserving swap space, so that several engines, or a forked process, are not refused memory that none
+    of them uses. It need not be cleared: what is not committed is never read.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     try:
-        storage = torch.UntypedStorage(num_bytes)
-    except RuntimeError as error:
+        storage = mmap.mmap(-1, num_bytes, flags=flags)
+    except (OSError, ValueError, OverflowError) as error:
         expected = "no more than this machine can provide"
         raise ArgumentError("kv_cache_memory_bytes", expected, f"{num_bytes} for the keys of a model") from error
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    return torch.frombuffer(storage, dtype=dtype).view(shape)
 
 
 def _grow(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
