@@ -17,6 +17,8 @@ constexpr int64_t kPhasesPerLayer = 15;  // at most: many rows, updates of all f
 // So few rows every worker normalizes for itself: that takes less time than one more phase.
 constexpr int64_t kFewRows = 8;
 constexpr int64_t kItemsPerWorker = 4;  // fewer are divided further
+constexpr int64_t kPrefetchedBytes = 32768;
+constexpr int64_t kCacheLine = 64;
 
 int64_t round_up_to_even(int64_t value) {
   return value + value % 2;
@@ -38,6 +40,15 @@ float rounded(float value, DType dtype) {
 }
 
 }  // namespace
+
+// Asks for the beginning of a worker's share of a layer, so that memory has something to do while the worker waits.
+static void prefetch(const PackedLinear* linear, const Worker& worker) {
+  if (linear == nullptr) return;
+  const RowRange panels = worker.share(linear->num_panels());
+  const char* begin = static_cast<const char*>(linear->panels().packed) + panels.begin * linear->panel_bytes();
+  const int64_t bytes = std::min(kPrefetchedBytes, (panels.end - panels.begin) * linear->panel_bytes());
+  for (int64_t line = 0; line < bytes; line += kCacheLine) __builtin_prefetch(begin + line, 0, 2);
+}
 
 // A part of the prefix that a tile attends to.
 struct AttentionPart {
@@ -176,10 +187,10 @@ class Decoder::Pass {
   void normalize(const std::vector<float>& weight, int64_t row, const AlignedBuffer& output) const;
   template <typename Input>
   void apply(const AdaptedLinear& linear, Input&& input, int64_t input_stride, Epilogue epilogue, void* output,
-             int64_t output_stride, Worker& worker) const;
+             int64_t output_stride, const PackedLinear* next, Worker& worker) const;
   template <typename Input>
   void add_to_residual(const AdaptedLinear& linear, Input&& input, int64_t input_stride, const std::vector<float>& norm,
-                       Worker& worker) const;
+                       const PackedLinear* next, Worker& worker) const;
   void add_projected(const std::vector<float>& norm, int64_t row) const;
   void rope_and_store(int64_t index, RowRange rows, RowRange kv_heads, Worker& worker) const;
   void attend(int64_t index, Worker& worker) const;
@@ -328,14 +339,19 @@ void Decoder::Pass::run_layer(int64_t index, Worker& worker) const {
   const DecoderLayer& layer = weights_.layers[static_cast<size_t>(index)];
   const int64_t q_size = spec_.num_heads * spec_.head_dim, kv_size = spec_.num_kv_heads * spec_.head_dim;
   const int64_t hidden = spec_.hidden_size;
-  apply(layer.qkv, Normed(*this, layer.input_norm, worker), hidden, Epilogue::kStoreFloat, work_.qkv.data(),
-        q_size + 2 * kv_size, worker);
-  attend(index, worker);
-  add_to_residual(layer.o, [&] { return work_.attended.data(); }, q_size, layer.attention_output_norm, worker);
+  const bool last = index + 1 == static_cast<int64_t>(weights_.layers.size());
+  const PackedLinear* next_qkv = last ? nullptr : weights_.layers[static_cast<size_t>(index + 1)].qkv.weight.get();
   const Epilogue activation = spec_.activation == Activation::kSilu ? Epilogue::kSiluMul : Epilogue::kGeluTanhMul;
+  apply(layer.qkv, Normed(*this, layer.input_norm, worker), hidden, Epilogue::kStoreFloat, work_.qkv.data(),
+        q_size + 2 * kv_size, layer.o.weight.get(), worker);
+  attend(index, worker);
+  add_to_residual(
+      layer.o, [&] { return work_.attended.data(); }, q_size, layer.attention_output_norm, layer.gate_up.weight.get(),
+      worker);
   apply(layer.gate_up, Normed(*this, layer.mlp_input_norm, worker), hidden, activation, work_.gated.data(),
-        work_.gated_stride, worker);
-  add_to_residual(layer.down, [&] { return work_.gated.data(); }, work_.gated_stride, layer.mlp_output_norm, worker);
+        work_.gated_stride, layer.down.weight.get(), worker);
+  add_to_residual(
+      layer.down, [&] { return work_.gated.data(); }, work_.gated_stride, layer.mlp_output_norm, next_qkv, worker);
   if (head_reads(index)) each_row(worker, [&](int64_t row) { capture(index, row); });
 }
 
@@ -354,7 +370,7 @@ void Decoder::Pass::normalize(const std::vector<float>& weight, int64_t row, con
 
 template <typename Input>
 void Decoder::Pass::apply(const AdaptedLinear& linear, Input&& input, int64_t input_stride, Epilogue epilogue,
-                          void* output, int64_t output_stride, Worker& worker) const {
+                          void* output, int64_t output_stride, const PackedLinear* next, Worker& worker) const {
   LinearArgs args = {};
   args.dtype = spec_.dtype;
   const int64_t first = rows_.first_adapted;
@@ -379,20 +395,21 @@ void Decoder::Pass::apply(const AdaptedLinear& linear, Input&& input, int64_t in
   args.epilogue = epilogue;
   args.output = output;
   args.output_stride = output_stride;
-  worker.each(linear.weight->num_panels(), [&](RowRange panels) {
+  const auto work = [&](RowRange panels) {
     args.weights = {linear.weight->panels(), input(), input_stride};
     table_.linear(args, panels);
-  });
+  };
+  worker.each(linear.weight->num_panels(), work, [&] { prefetch(next, worker); });
 }
 
 // Adds W x to the residual, after its norm if it has one.
 template <typename Input>
 void Decoder::Pass::add_to_residual(const AdaptedLinear& linear, Input&& input, int64_t input_stride,
-                                    const std::vector<float>& norm, Worker& worker) const {
+                                    const std::vector<float>& norm, const PackedLinear* next, Worker& worker) const {
   if (norm.empty()) {
-    return apply(linear, input, input_stride, Epilogue::kAdd, work_.residual.data(), spec_.hidden_size, worker);
+    return apply(linear, input, input_stride, Epilogue::kAdd, work_.residual.data(), spec_.hidden_size, next, worker);
   }
-  apply(linear, input, input_stride, Epilogue::kStoreFloat, work_.projected.data(), spec_.hidden_size, worker);
+  apply(linear, input, input_stride, Epilogue::kStoreFloat, work_.projected.data(), spec_.hidden_size, next, worker);
   each_row(worker, [&](int64_t row) { add_projected(norm, row); });
 }
 

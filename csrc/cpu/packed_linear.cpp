@@ -170,6 +170,10 @@ PackedLinear::PackedLinear(DType dtype, int64_t in_features, int64_t out_feature
   if (bias != nullptr) bias_ = copy(bias, num_features);
 }
 
+int64_t PackedLinear::panel_bytes() const {
+  return panel_shape()[0] * depth_ * (group_size_ > 0 ? 1 : size_of(dtype_));
+}
+
 std::array<int64_t, 3> PackedLinear::panel_shape() const {
   const PanelShape panel = kernels(isa_).panel_shape(dtype_);
   return {panel.width, panel.lanes, panel.depth};

@@ -10,20 +10,6 @@
 namespace llm2_fast {
 namespace {
 
-// Calls work(row, workspace) for the rows of a batch, in parallel. `workspace` is enough for picks with `args`.
-template <typename Work>
-void each_pick(const AdjustAndPickArgs& args, int64_t rows, Isa isa, int num_threads, const Work& work) {
-  const int64_t bytes = kernels(isa).adjust_and_pick_workspace(args);
-  std::vector<AlignedBuffer> workspaces;
-  for (int i = 0; i < num_threads; ++i) workspaces.emplace_back(bytes);
-  run_parallel(num_threads, 1, [&](Worker& worker) {
-    void* workspace = workspaces[static_cast<size_t>(worker.index())].data();
-    worker.each(rows, [&](RowRange range) {
-      for (int64_t row = range.begin; row < range.end; ++row) work(row, workspace);
-    });
-  });
-}
-
 // The branches of all sequences as rows of a pass, followed by their adapted twins if there are any.
 struct Branches {
   std::vector<int32_t> token_ids, slots, positions;
@@ -97,11 +83,11 @@ void run_and_select(Decoder& decoder, const PagedCache& cache, DecoderRows pendi
 // The rows of a plain step whose pick needs every logit: where tokens are drawn or repetition is penalized. The others'
 // is the first candidate, whoever is in the batch beside them.
 struct WholeRows {
-  std::vector<float> storage;
+  std::vector<int64_t> rows;
+  std::vector<float> storage;  // [rows, V]
   std::vector<float*> logits;  // [B], null where it is not needed
 
   WholeRows(const StepBatch& batch, int64_t vocab_size) : logits(static_cast<size_t>(batch.size), nullptr) {
-    std::vector<int64_t> rows;
     for (int64_t b = 0; b < batch.size; ++b) {
       if (batch.pick.temperature[b] > 0 || batch.pick.repetition_penalty[b] != 1) rows.push_back(b);
     }
@@ -111,6 +97,40 @@ struct WholeRows {
     }
   }
 };
+
+// A plain step's pick from all logits.
+void pick_from_all(AdjustAndPickArgs args, const WholeRows& whole, const StepBatch& batch, int64_t vocab_size, Isa isa,
+                   int num_threads) {
+  if (whole.rows.empty()) return;
+  std::vector<int32_t> ids(static_cast<size_t>(vocab_size));
+  std::iota(ids.begin(), ids.end(), 0);
+  std::vector<int32_t> count;
+  for (int64_t b = 0; b < batch.size; ++b) {
+    count.push_back(batch.select.count[b] > 0 ? static_cast<int32_t>(vocab_size) : 0);
+  }
+  args.max_candidates = vocab_size;
+  args.candidate_ids = ids.data();
+  args.candidate_ids_row_stride = 0;
+  args.candidate_logits_row_stride = 0;
+  args.count = count.data();
+  args.seen = batch.seen;
+  args.seen_row_stride = vocab_size;
+  const KernelTable& table = kernels(isa);
+  const int64_t bytes = table.adjust_and_pick_workspace(args);
+  std::vector<AlignedBuffer> workspaces;
+  for (int i = 0; i < num_threads; ++i) workspaces.emplace_back(bytes);
+  run_parallel(num_threads, 1, [&](Worker& worker) {
+    void* workspace = workspaces[static_cast<size_t>(worker.index())].data();
+    worker.each(static_cast<int64_t>(whole.rows.size()), [&](RowRange range) {
+      for (int64_t i = range.begin; i < range.end; ++i) {
+        const int64_t row = whole.rows[static_cast<size_t>(i)];
+        AdjustAndPickArgs mine = args;
+        mine.candidate_logits = whole.logits[static_cast<size_t>(row)];
+        table.adjust_and_pick(mine, {row, row + 1}, workspace);
+      }
+    });
+  });
+}
 
 // A plain step's pick where it is the first candidate.
 void pick_first(const StepBatch& batch, int64_t row, int64_t vocab_size) {
@@ -136,30 +156,10 @@ void plain_step(Decoder& decoder, const PagedCache& cache, const DecoderRows& pe
   const int64_t vocab_size = decoder.spec().vocab_size;
   const WholeRows whole(batch, vocab_size);
   run_and_select(decoder, cache, pending, batch, whole.logits.data(), num_threads);
-  std::vector<int32_t> ids;
-  if (!whole.storage.empty()) {
-    ids.resize(static_cast<size_t>(vocab_size));
-    std::iota(ids.begin(), ids.end(), 0);
-  }
-  std::vector<int32_t> count;
+  pick_from_all(batch.pick, whole, batch, vocab_size, decoder.isa(), num_threads);
   for (int64_t b = 0; b < batch.size; ++b) {
-    count.push_back(batch.select.count[b] > 0 ? static_cast<int32_t>(vocab_size) : 0);
+    if (whole.logits[static_cast<size_t>(b)] == nullptr) pick_first(batch, b, vocab_size);
   }
-  batch.pick.max_candidates = vocab_size;
-  batch.pick.candidate_ids = ids.data();
-  batch.pick.candidate_ids_row_stride = 0;
-  batch.pick.candidate_logits_row_stride = 0;
-  batch.pick.count = count.data();
-  batch.pick.seen = batch.seen;
-  batch.pick.seen_row_stride = vocab_size;
-  const KernelTable& table = kernels(decoder.isa());
-  each_pick(batch.pick, batch.size, decoder.isa(), num_threads, [&](int64_t row, void* workspace) {
-    const float* logits = whole.logits[static_cast<size_t>(row)];
-    if (logits == nullptr) return pick_first(batch, row, vocab_size);
-    AdjustAndPickArgs args = batch.pick;
-    args.candidate_logits = logits;
-    table.adjust_and_pick(args, {row, row + 1}, workspace);
-  });
 }
 
 void joint_step(Decoder& decoder, const PagedCache& cache, const ScoreHead& head, const AdaptedBranches* adapted,

@@ -45,16 +45,17 @@ class ThreadPool {
   void run(int64_t num_phases, const std::function<void(Worker&)>& job) {
     if (num_phases > capacity_) {
       phases_.reset(new Phase[static_cast<size_t>(num_phases)]);
+      shares_.reset(new Share[static_cast<size_t>(num_phases * num_threads_)]);
       capacity_ = num_phases;
     }
-    for (int64_t i = 0; i < num_phases; ++i) {
-      phases_[static_cast<size_t>(i)].next.store(0, std::memory_order_relaxed);
-      phases_[static_cast<size_t>(i)].done.store(0, std::memory_order_relaxed);
+    for (int64_t i = 0; i < num_phases; ++i) phases_[static_cast<size_t>(i)].done.store(0, std::memory_order_relaxed);
+    for (int64_t i = 0; i < num_phases * num_threads_; ++i) {
+      shares_[static_cast<size_t>(i)].taken.store(0, std::memory_order_relaxed);
     }
     finished_.done = 0;
     job_ = &job;
     announce();
-    Worker worker(0, num_threads_, phases_.get());
+    Worker worker(0, num_threads_, phases_.get(), shares_.get());
     job(worker);
     finished_.wait(num_threads_ - 1);  // nobody uses the job any more
   }
@@ -80,7 +81,7 @@ class ThreadPool {
     for (uint32_t seen = 0;;) {
       await(seen++);
       if (job_ == nullptr) return;
-      Worker worker(index, num_threads_, phases_.get());
+      Worker worker(index, num_threads_, phases_.get(), shares_.get());
       (*job_)(worker);
       finished_.done.fetch_add(1, std::memory_order_release);
     }
@@ -100,6 +101,7 @@ class ThreadPool {
 
   const int num_threads_;
   std::unique_ptr<Phase[]> phases_;
+  std::unique_ptr<Share[]> shares_;  // [phases, num_threads]
   int64_t capacity_ = 0;
   Phase finished_;  // counts the threads that have left the job
   const std::function<void(Worker&)>* job_ = nullptr;
@@ -119,7 +121,7 @@ void Phase::wait(int64_t items) const {
 
 void run_parallel(int num_threads, int64_t num_phases, const std::function<void(Worker&)>& job) {
   if (num_threads <= 1) {
-    Worker alone(0, 1, nullptr);
+    Worker alone(0, 1, nullptr, nullptr);
     job(alone);
     return;
   }
