@@ -7,7 +7,7 @@ PEERS := .venv-peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 EXTENSION_SOURCES := setup.py CMakeLists.txt $(shell find csrc -type f)
-CPP_FORMATTED := $(shell find csrc tests/cpp -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FORMATTED := $(shell find csrc tests/cpp tests/cuda -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError, OptionError
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
@@ -42,7 +42,6 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output_dir}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DLLM2_FAST_CUDA={'ON' if cuda_requested() else 'OFF'}",
         ]
         try:
             subprocess.run(configure, check=True)
@@ -61,14 +60,6 @@ def find_tool(name: str) -> str:
     if path is None:
         raise CompileError(f"{name} is needed to build the extension and was not found (pip install {name})")
     return path
-
-
-def cuda_requested() -> bool:
-    """Whether the environment variable LLM2_FAST_CUDA asks for the CUDA sources."""
-    value = os.environ.get("LLM2_FAST_CUDA", "0")
-    if value not in ("0", "1"):
-        raise OptionError(f"LLM2_FAST_CUDA: expected 0 or 1, got {value!r}")
-    return value == "1"
 
 
 setup(ext_modules=[CMakeExtension("llm2_fast_C")], cmdclass={"build_ext": CMakeBuild})

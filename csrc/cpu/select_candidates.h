@@ -31,8 +31,8 @@ static void gather_plausible(const T* logits, int64_t vocab, int64_t block, cons
   }
 }
 
-// The smallest plausible logit beside a maximum. Tokens of probability zero are never candidates; NaN stays, and nothing
-// reaches it.
+// The smallest plausible logit beside a maximum. Tokens of probability zero are never candidates; NaN stays, and
+// nothing reaches it.
 static inline float plausible_from(float max, float log_alpha) {
   const float threshold = max + log_alpha;
   return threshold < -FLT_MAX ? -FLT_MAX : threshold;
