@@ -48,7 +48,7 @@ class Resources:
     registers: int
     local_bytes: int
     shared_bytes: int
-    instructions: tuple[str, ...]  # matrix instructions in the PTX
+    instructions: tuple[str, ...]  # matrix instructions and atomics in the PTX
 
 
 class _NoDevice:
@@ -99,7 +99,7 @@ def resources(arch: int, dtype: str) -> Iterator[Resources]:
                 seen.add(kernel.hash)
                 registers, local_bytes, shared_bytes = _read_usage(kernel.asm["cubin"])
                 shared_bytes += kernel.metadata.shared
-                instructions = re.findall(r"wgmma\.mma_async|mma\.sync|\btf32", kernel.asm["ptx"])
+                instructions = re.findall(r"wgmma\.mma_async|mma\.sync|\btf32|\b(?:atom|red)\b", kernel.asm["ptx"])
                 yield Resources(
                     launch.name, name.strip("_"), arch, dtype, load.rows, kernel.metadata.num_warps,
                     registers, local_bytes, shared_bytes, tuple(sorted(set(instructions))),
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per kernel instead of a table")
     arguments = parser.parse_args()
     if not arguments.json:
-        print("| launch | kernel | rows | sm | dtype | warps | registers | local B | shared B | matrix instructions |")
+        print("| launch | kernel | rows | sm | dtype | warps | registers | local B | shared B | instructions |")
         print("|---|---|---|---|---|---|---|---|---|---|")
     for arch in arguments.arch or (90,):
         for dtype in arguments.dtype or ("bfloat16",):

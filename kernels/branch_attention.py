@@ -74,13 +74,13 @@ def _partial_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
     NUM_SPLITS: tl.constexpr, QUERIES: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    kv_head, split = tl.program_id(1), tl.program_id(2)
+    kv_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     first, end = tl.load(first_row + tl.program_id(0)), tl.load(first_row + tl.program_id(0) + 1)
     if first >= end:
         return
     queries, dims = tl.arange(0, QUERIES), tl.arange(0, DIMS)
     rows = (first + queries // GROUP).to(tl.int64)
-    heads = kv_head * GROUP + queries % GROUP
+    heads = tl.program_id(1) * GROUP + queries % GROUP
     exists = rows < end
     start, length, has_own = _visible_range(rows, exists, row_prefix_length, row_has_own, sliding_window)
     sees_prefix = start < length
@@ -116,7 +116,7 @@ def _partial_kernel(
         # Blocks between the windows of two rows may be absent.
         needed = tl.max(visible.to(tl.int32), axis=0) > 0 if WINDOWED else positions < end_of_prefix
         block = tl.load(block_table + sequence * table_row + positions // BLOCK_SIZE, mask=needed, other=0).to(tl.int64)
-        inner = positions % BLOCK_SIZE
+        inner = (positions % BLOCK_SIZE).to(tl.int64)
         is_needed = needed[:, None] & in_head[None, :]
         key_at = key_cache + (block * key_block + kv_head * key_head + inner * key_position)[:, None] + dims[None, :]
         k = tl.load(key_at, mask=is_needed, other=0.0)

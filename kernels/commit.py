@@ -37,10 +37,10 @@ def _commit_kernel(
         tl.store(hidden_states + sequence * hidden_size + at, hidden, mask=at < hidden_size)
     else:
         block = tl.load(block_table + sequence * table_row + position // BLOCK_SIZE).to(tl.int64)
-        inner = position % BLOCK_SIZE
+        inner = (position % BLOCK_SIZE).to(tl.int64)
         kv = tl.arange(0, KV)
         inside = kv < NUM_KV_HEADS * HEAD_DIM
-        head, dim = kv // HEAD_DIM, kv % HEAD_DIM
+        head, dim = (kv // HEAD_DIM).to(tl.int64), kv % HEAD_DIM
         own = layer * own_layer + row * own_row + kv
         key_at = layer * key_layer + block * key_block + head * key_head + inner * key_position + dim
         value_at = layer * value_layer + block * value_block + head * value_head + inner * value_position + dim

@@ -43,7 +43,7 @@ def _lm_head_kernel(
         hidden_states, weight, rows, in_rows, ids.to(tl.int64), in_vocab, 0, HIDDEN_SIZE, hidden_row, weight_row,
         ROWS, TILE, DEPTH,
     )  # fmt: skip
-    z = tl.where(in_vocab[None, :], z, float("-inf"))
+    z = tl.where(in_rows[:, None] & in_vocab[None, :], z, float("-inf"))
     row_log_alpha = tl.load(log_alpha + rows, mask=in_rows, other=0.0)
     store_partials(z, ids[None, :], rows, in_rows, tile, row_log_alpha, maxima, sums, counts, keys, num_tiles, LISTED)
 

@@ -64,11 +64,11 @@ def _rope_kernel(
         position = tl.load(row_position + row)
         sequence = tl.load(row_sequence + row).to(tl.int64)
         block = tl.load(block_table + sequence * table_row + position // BLOCK_SIZE).to(tl.int64)
-        inner = position % BLOCK_SIZE
+        inner, kv_head = (position % BLOCK_SIZE).to(tl.int64), head.to(tl.int64)
         if is_key:
-            cached = key_cache + block * key_block + head * key_head + inner * key_position
+            cached = key_cache + block * key_block + kv_head * key_head + inner * key_position
         else:
-            cached = value_cache + block * value_block + head * value_head + inner * value_position
+            cached = value_cache + block * value_block + kv_head * value_head + inner * value_position
         _store_halves(cached, at, first, second, in_half, HALF)
 
 

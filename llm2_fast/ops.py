@@ -3,7 +3,8 @@
 Every op has the arguments, in name and order, and the meaning of the function of the same name in
 `llm2_fast.reference`. On CPU tensors the C++ extension `llm2_fast_C` computes it, in float32 or bfloat16. Where the
 extension is not available, the reference does, and a `RuntimeWarning` says so once. On CUDA tensors a Triton kernel of
-`llm2_fast.kernels` does, in float32, float16 or bfloat16, and raises `MissingDependencyError` without Triton.
+`llm2_fast.kernels` does, in float32, float16 or bfloat16, and raises `MissingDependencyError` without Triton. Values on
+the GPU are not looked at before the launch: there indices are trusted.
 """
 
 from __future__ import annotations

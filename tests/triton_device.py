@@ -1,4 +1,7 @@
-"""Where the Triton kernels run in the tests: in Triton's interpreter, or with TRITON_INTERPRET=0 on a GPU."""
+"""Where the Triton kernels run in the tests: in Triton's interpreter, or with TRITON_INTERPRET=0 on a GPU.
+
+Importing this skips the module if the interpreter cannot run: that of Triton 3.6 needs numpy below 2.4 for loops.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,11 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
+import triton
+import triton.language as tl
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -24,3 +31,22 @@ def to_cpu(outputs: Any) -> Any:
         return outputs.cpu()
     fields = map(to_cpu, outputs)
     return type(outputs)(*fields) if hasattr(outputs, "_fields") else tuple(fields)
+
+
+@triton.jit
+def _loop_kernel(count, output):
+    for i in range(tl.load(count)):
+        tl.store(output + i, i)
+
+
+def _check_interpreter() -> None:
+    """Skip the importing module if a loop over a number on the device fails."""
+    try:
+        _loop_kernel[(1,)](torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
+    except Exception as error:
+        reason = f"the interpreter of Triton {triton.__version__} does not run with numpy {np.__version__}: {error}"
+        pytest.skip(reason, allow_module_level=True)
+
+
+if INTERPRETED:
+    _check_interpreter()
