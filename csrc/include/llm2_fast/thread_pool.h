@@ -71,9 +71,7 @@ class Worker {
  private:
   static constexpr int64_t kRangesPerShare = 8;
 
-  RowRange share_of(int index, int64_t items) const {
-    return {items * index / count_, items * (index + 1) / count_};
-  }
+  RowRange share_of(int index, int64_t items) const { return {items * index / count_, items * (index + 1) / count_}; }
 
   int index_;
   int count_;
