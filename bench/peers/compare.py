@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 BATCH_SIZES = (1, 8, 16, 32)
 PROMPTS = 16
 _SLOW = 4
+_WARM_UP = 8  # tokens
 LONGEST = 2048  # tokens of prompt and continuation
 QUESTIONS = [
     f"{name} buys {a} boxes with {b} {thing} each and gives {c} of them away. How many {thing} are left?"
@@ -115,6 +116,8 @@ def measure(found: list[Entry], prompts: list[list[int]], new_tokens: int, round
                 for entry in measured:
                     if turn % entry.every:
                         continue
+                    # Memory that an idle process maps from files may have been given to others meanwhile.
+                    entry.decode(prompts[:1], _WARM_UP)
                     seconds = entry.decode(repeated[first : first + batch_size], new_tokens)
                     entry.seconds.setdefault(batch_size, []).append(seconds)
             print(f"batch size {batch_size}: a round is done", file=sys.stderr)

@@ -71,7 +71,7 @@ class PackedLinear {
   int64_t out_features() const { return out_features_; }  // of all weights together
   int64_t depth() const { return depth_; }                // in_features, padded
   int64_t num_panels() const { return num_panels_; }
-  int64_t panel_bytes() const;  // of a panel's weights
+  int64_t panel_bytes() const;                 // of a panel's weights
   std::array<int64_t, 3> panel_shape() const;  // width, lanes and depth, see csrc/cpu/kernels.h
   Arrangement arrangement() const { return arrangement_; }
   int64_t group_size() const { return group_size_; }  // 0: not int8
