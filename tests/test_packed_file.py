@@ -188,8 +188,8 @@ def extension_of(isa):
     """The extension as on a machine whose best tier is `isa`."""
 
     class PackedLinear(extension.PackedLinear):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, isa)
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, isa, **options)
 
     return SimpleNamespace(**{**vars(extension), "cpu_isa": lambda: isa, "PackedLinear": PackedLinear})
 
