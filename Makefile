@@ -44,7 +44,7 @@ bench: $(VENV)/.demo-model ## Run the benchmarks.
 
 bench-peers: $(VENV)/.demo-model $(PEERS)/.installed ## Compare with llama.cpp, vLLM and transformers.
 	$(PIP) install -q -c constraints.txt matplotlib
-	OMP_WAIT_POLICY=passive $(BIN)/python bench/peers/compare.py --peers-python $(PEERS)/bin/python $(PEERS_ARGS)
+	$(BIN)/python bench/peers/compare.py --peers-python $(PEERS)/bin/python $(PEERS_ARGS)
 
 # Engines to compare with live in an environment of their own. llama.cpp is compiled; vLLM may not exist for this machine.
 $(PEERS)/.installed: Makefile constraints.txt bench/peers/vllm_requirements.py

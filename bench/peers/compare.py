@@ -1,7 +1,8 @@
 """llm2_fast beside the engines that people decode with on a CPU: tokens per second, greedy, prefill included.
 
 Every engine runs in a process of its own and they take turns prompt by prompt, so that what else the machine does, or
-how fast its memory is at the moment, meets all of them. Figures are medians over the turns.
+how fast its memory is at the moment, meets all of them. Figures are medians over the turns. OMP_WAIT_POLICY must not be set:
+engines whose threads meet in OpenMP barriers are half as fast with "passive".
 
     python bench/peers/compare.py --peers-python .venv-peers/bin/python --output build/peers
 
@@ -29,7 +30,6 @@ HERE = Path(__file__).resolve().parent
 BATCH_SIZES = (1, 8, 16, 32)
 PROMPTS = 16
 _SLOW = 4
-_WARM_UP = 8  # tokens
 LONGEST = 2048  # tokens of prompt and continuation
 QUESTIONS = [
     f"{name} buys {a} boxes with {b} {thing} each and gives {c} of them away. How many {thing} are left?"
@@ -116,8 +116,6 @@ def measure(found: list[Entry], prompts: list[list[int]], new_tokens: int, round
                 for entry in measured:
                     if turn % entry.every:
                         continue
-                    # Memory that an idle process maps from files may have been given to others meanwhile.
-                    entry.decode(prompts[:1], _WARM_UP)
                     seconds = entry.decode(repeated[first : first + batch_size], new_tokens)
                     entry.seconds.setdefault(batch_size, []).append(seconds)
             print(f"batch size {batch_size}: a round is done", file=sys.stderr)
