@@ -1,8 +1,8 @@
 """llm2_fast beside the engines that people decode with on a CPU: tokens per second, greedy, prefill included.
 
 Every engine runs in a process of its own and they take turns prompt by prompt, so that what else the machine does, or
-how fast its memory is at the moment, meets all of them. Figures are medians over the turns. OMP_WAIT_POLICY must not be set:
-engines whose threads meet in OpenMP barriers are half as fast with "passive".
+how fast its memory is at the moment, meets all of them. Figures are medians over the turns.
+OMP_WAIT_POLICY must not be set: engines whose threads meet in OpenMP barriers are half as fast with "passive".
 
     python bench/peers/compare.py --peers-python .venv-peers/bin/python --output build/peers
 
