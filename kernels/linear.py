@@ -20,6 +20,7 @@ from llm2_fast.errors import ArgumentError
 from llm2_fast.kernels.activation import GATED, gated
 from llm2_fast.kernels.arguments import FLOATS, check_ndim, check_num_rows, check_output, check_range, check_tensor
 from llm2_fast.kernels.dot import dot
+from llm2_fast.kernels.row_count import row_count
 
 _SEGMENT = 256  # the input features of a segment are a multiple of it, and it is one of every depth
 _PROGRAMS = 128  # keep the GPU busy
@@ -114,9 +115,7 @@ def _linear_kernel(
     FEATURES: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     tile, segment = tl.program_id(1), tl.program_id(2)
-    count = max_rows
-    if num_rows is not None:
-        count = tl.minimum(tl.load(num_rows), max_rows)
+    count = row_count(max_rows, num_rows)
     if tl.program_id(0) * ROWS >= count:
         return
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -145,9 +144,7 @@ def _sum_kernel(
     SEGMENTS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(1)
-    count = max_rows
-    if num_rows is not None:
-        count = tl.minimum(tl.load(num_rows), max_rows)
+    count = row_count(max_rows, num_rows)
     if tl.program_id(0) * ROWS >= count:
         return
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)

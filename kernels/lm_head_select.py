@@ -10,6 +10,7 @@ import triton.language as tl
 
 from llm2_fast.kernels.arguments import FLOATS, check_ndim, check_num_rows, check_range, check_tensor
 from llm2_fast.kernels.linear import accumulate
+from llm2_fast.kernels.row_count import row_count
 from llm2_fast.kernels.select_candidates import (
     Partials,
     check_partials,
@@ -20,7 +21,6 @@ from llm2_fast.kernels.select_candidates import (
 from llm2_fast.reference import Candidates
 
 _TILE = 64  # tokens per program
-_ROWS = 16
 
 
 @triton.jit
@@ -30,9 +30,7 @@ def _lm_head_kernel(
     HIDDEN_SIZE: tl.constexpr, LISTED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(1)
-    count = max_rows
-    if num_rows is not None:
-        count = tl.minimum(tl.load(num_rows), max_rows)
+    count = row_count(max_rows, num_rows)
     if tl.program_id(0) * ROWS >= count:
         return
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -92,10 +90,11 @@ def lm_head_select(
     if batch == 0:
         return
     is_float32 = hidden_states.dtype == torch.float32
-    _lm_head_kernel[(triton.cdiv(batch, _ROWS), tiles)](
+    tile_rows = 16 if is_float32 or batch <= 16 else 32
+    _lm_head_kernel[(triton.cdiv(batch, tile_rows), tiles)](
         hidden_states, weight, log_alpha, num_rows, *partials, batch, vocab_size,
         hidden_states.stride(0), weight.stride(0), tiles,
-        HIDDEN_SIZE=hidden_size, LISTED=partials.keys.shape[2], ROWS=_ROWS, TILE=_TILE,
+        HIDDEN_SIZE=hidden_size, LISTED=partials.keys.shape[2], ROWS=tile_rows, TILE=_TILE,
         DEPTH=32 if is_float32 else 128, num_stages=2 if is_float32 else 4, enable_fp_fusion=True,
     )  # fmt: skip
     merge_partials(partials, log_alpha, candidate_top_k, max_candidates, vocab_size, outputs, num_rows)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from llm2_fast.kernels.arguments import check_ndim, check_num_rows, check_output, check_range, check_tensor
+from llm2_fast.kernels.row_count import row_count
 
 MAX_ROWS = 8192  # one program plans all
 
@@ -20,9 +21,7 @@ def _row_tiles_kernel(
     row_sequence, num_rows, first_row, max_rows, max_tiles, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr
 ):
     rows = tl.arange(0, ROWS)
-    count = max_rows
-    if num_rows is not None:
-        count = tl.minimum(tl.load(num_rows), max_rows)
+    count = row_count(max_rows, num_rows)
     sequence = tl.load(row_sequence + rows, mask=rows < count, other=-1)
     previous = tl.load(row_sequence + rows - 1, mask=(rows > 0) & (rows <= count), other=-1)
     begins = ((rows % TILE_ROWS == 0) | (sequence != previous)) & (rows < count)

@@ -12,6 +12,7 @@ import triton.language as tl
 from llm2_fast.errors import ArgumentError
 from llm2_fast.kernels.arguments import FLOATS, check_ndim, check_num_rows, check_output, check_range, check_tensor
 from llm2_fast.kernels.linear import accumulate
+from llm2_fast.kernels.row_count import row_count
 
 _BLOCK = 1024
 
@@ -21,9 +22,7 @@ def _units_kernel(
     hidden_states, dense_weight, dense_bias, num_rows, units, max_rows, num_units, num_features, hidden_row, dense_row,
     ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    count = max_rows
-    if num_rows is not None:
-        count = tl.minimum(tl.load(num_rows), max_rows)
+    count = row_count(max_rows, num_rows)
     if tl.program_id(0) * ROWS >= count:
         return
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)

@@ -190,6 +190,17 @@ def test_lm_head_select_matches_reference(batch: int, vocab: int, dtype: torch.d
     assert_same_fields(actual, reference.lm_head_select(*inputs), "select_candidates", torch.float32)
 
 
+def test_lm_head_select_bits_do_not_depend_on_the_rows() -> None:
+    """Alone, and among so many rows that programs have another shape."""
+    inputs = selection_inputs(18, 100, torch.bfloat16)
+    hidden_states, weight = torch.randn(18, 40, generator=generator(1)).bfloat16(), inputs[1]
+    together = run(kernel_ops._lm_head_select_cuda, (hidden_states, weight, *inputs[2:]))
+    one = slice(16, 17)
+    alone = run(kernel_ops._lm_head_select_cuda, (hidden_states[one], weight, inputs[2][one], inputs[3][one], 6))
+    for field_together, field_alone in zip(together, alone, strict=True):
+        assert torch.equal(field_together[one], field_alone)
+
+
 def test_lm_head_select_equals_its_parts() -> None:
     """The same candidates as from written logits; NaN rows are undecided, and columns beyond the view do not exist."""
     hidden_states, weight, log_alpha, top_k, max_candidates = selection_inputs(4, 150, torch.float32)
