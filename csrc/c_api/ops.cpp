@@ -27,6 +27,7 @@ void check_commit_indices(const llm2_fast_commit_args& args) {
 }
 
 }  // namespace
+
 llm2_fast_status llm2_fast_select_candidates(const llm2_fast_select_candidates_args* args, int32_t num_threads) {
   return guarded([&] {
     const auto given = read_struct("args", args);

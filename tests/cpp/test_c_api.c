@@ -891,6 +891,7 @@ static void test_refused_steps(void) {
 int main(void) {
   const char* isa = NULL;
   CHECK(strcmp(llm2_fast_last_error(), "") == 0);
+  CHECK(strcmp(llm2_fast_version(), EXPECTED_VERSION) == 0);
   OK(llm2_fast_cpu_isa(&isa));
   REFUSED(llm2_fast_cpu_isa(NULL), "name: expected a pointer, got NULL");
   for (int bits = 0; bits < 32; ++bits) {
