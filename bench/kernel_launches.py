@@ -87,7 +87,7 @@ class Maker:
     def full(self, *shape: int, value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.full(shape, value, dtype=dtype, device=self.device)
 
-    def int32(self, values: list[int]) -> torch.Tensor:
+    def int32(self, values: list) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32).to(self.device)
 
 
@@ -99,6 +99,7 @@ def size_of(*tensors: Any) -> int:
 def launches(device: str, dtype: torch.dtype, shape: Shape, load: Load) -> Iterator[Launch]:
     """Every kernel once, in the order of a step."""
     make = Maker(device)
+    yield from _beginning(make, dtype, shape, load)
     yield from _selection(make, dtype, shape, load)
     yield pick_launch(make, load.sequences, load.max_candidates)
     yield _attention(make, dtype, shape, load)
@@ -106,6 +107,29 @@ def launches(device: str, dtype: torch.dtype, shape: Shape, load: Load) -> Itera
     yield from _small(make, dtype, shape, load)
     yield _commit(make, dtype, shape, load)
     yield _pairwise(make)
+
+
+def _beginning(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Iterator[Launch]:
+    ids = make.int32([list(range(load.max_candidates))] * load.sequences)
+    arguments = (
+        ids, make.full(load.sequences, value=load.branches, dtype=torch.int32),
+        make.full(load.sequences, value=load.prefix, dtype=torch.int32),
+    )  # fmt: skip
+    yield Launch(
+        "branch_rows",
+        kernel_ops._branch_rows_cuda,
+        reference.branch_rows,
+        arguments,
+        16 * load.rows + 12 * load.sequences,
+    )
+    half = shape.head_dim // 2
+    arguments = (
+        make.int32(list(range(load.rows))), make.full(load.rows, value=load.prefix, dtype=torch.int32),
+        make.randn(shape.vocab_size, shape.hidden_size, dtype=dtype), 1.0,
+        make.full(1, half, value=0.1), make.full(1, value=1.0), torch.float32,
+    )  # fmt: skip
+    moved = load.rows * (shape.hidden_size * (dtype.itemsize + 4) + 2 * half * 4)
+    yield Launch("embed", kernel_ops._embed_cuda, reference.embed, arguments, moved)
 
 
 def _selection(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Iterator[Launch]:

@@ -24,6 +24,64 @@ def _define(schema: str) -> None:
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
 
 
+# --- rows of branches, embeddings -------------------------------------------------------------------------------------
+
+_define("branch_rows(Tensor ids, Tensor count, Tensor lengths) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+
+
+@torch.library.register_fake("llm2_fast::branch_rows", lib=_LIBRARY)
+def _empty_rows(ids: torch.Tensor, count: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    batch, width = ids.shape
+    rows = (ids.new_zeros(batch * width) for _ in range(3))
+    return ids.new_empty(batch + 1), *rows, ids.new_empty(1)
+
+
+def _branch_rows_cuda(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    with triton_needed():
+        from llm2_fast.kernels.branch_rows import branch_rows
+    outputs = _empty_rows(*inputs)
+    branch_rows(*inputs, *outputs)
+    return outputs
+
+
+_LIBRARY.impl("branch_rows", reference.branch_rows, "CPU")
+_LIBRARY.impl("branch_rows", _branch_rows_cuda, "CUDA")
+branch_rows = _OPERATORS.branch_rows.default
+
+_define(
+    "embed(Tensor row_token, Tensor row_position, Tensor embedding, float scale, Tensor inv_freq, Tensor rotary_scale,"
+    " ScalarType? dtype=None) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("llm2_fast::embed", lib=_LIBRARY)
+def _empty_embeddings(
+    row_token: torch.Tensor,
+    row_position: torch.Tensor,
+    embedding: torch.Tensor,
+    scale: float,
+    inv_freq: torch.Tensor,
+    rotary_scale: torch.Tensor,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, (tables, half) = row_token.shape[0], inv_freq.shape
+    cosine, sine = (inv_freq.new_empty((tables, rows, half)) for _ in range(2))
+    return embedding.new_empty((rows, embedding.shape[1]), dtype=dtype), cosine, sine
+
+
+def _embed_cuda(*inputs: torch.Tensor | float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with triton_needed():
+        from llm2_fast.kernels.embed import embed
+    outputs = _empty_embeddings(*inputs)
+    embed(*inputs[:6], *outputs)
+    return outputs
+
+
+_LIBRARY.impl("embed", reference.embed, "CPU")
+_LIBRARY.impl("embed", _embed_cuda, "CUDA")
+embed = _OPERATORS.embed.default
+
+
 # --- linear -----------------------------------------------------------------------------------------------------------
 
 _define(

@@ -275,6 +275,59 @@ def pairwise_loss_gradient(
     return torch.zeros_like(positive_scores).index_add(0, position, -share), share
 
 
+def branch_rows(
+    ids: torch.Tensor, count: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The branches of all sequences packed into rows, one sequence's after the other's.
+
+    Branch k < count[b] of sequence b is row `first_row[b] + k`: token `ids[b, k]` at position `lengths[b]`.
+
+    Args:
+        ids: int32 [B, K].
+        count: int32 [B], branches of each sequence, in [0, K].
+        lengths: int32 [B], committed positions.
+
+    Returns:
+        first_row int32 [B + 1], whose last entry is the number of all branches; row_token, row_sequence and
+        row_position int32 [B * K], 0 from the number of rows on; and the number of rows, int32 [1].
+    """
+    first_row = torch.nn.functional.pad(count.cumsum(0), (1, 0)).to(torch.int32)
+    row_token, row_sequence, row_position = (ids.new_zeros(ids.numel()) for _ in range(3))
+    for sequence, (begin, end) in enumerate(zip(first_row[:-1].tolist(), first_row[1:].tolist(), strict=True)):
+        row_token[begin:end] = ids[sequence, : end - begin]
+        row_sequence[begin:end] = sequence
+        row_position[begin:end] = lengths[sequence]
+    return first_row, row_token, row_sequence, row_position, first_row[-1:].clone()
+
+
+def embed(
+    row_token: torch.Tensor,
+    row_position: torch.Tensor,
+    embedding: torch.Tensor,
+    scale: float,
+    inv_freq: torch.Tensor,
+    rotary_scale: torch.Tensor,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What rows bring into the first layer: embeddings, and cosines and sines of their rotary positions.
+
+    Args:
+        row_token, row_position: int32 [R].
+        embedding: [V, hidden_size], float32, float16 or bfloat16.
+        scale: Factor on the embeddings, whose products are rounded to the dtype of `embedding`.
+        inv_freq: float32 [T, head_dim / 2], frequencies of T rotary tables in radians per position.
+        rotary_scale: float32 [T], factor on cosines and sines.
+        dtype: Of the embeddings that are returned; None for that of `embedding`.
+
+    Returns:
+        [R, hidden_size], and float32 cosines and sines [T, R, head_dim / 2] of the float32 angles.
+    """
+    rows = (embedding[row_token.long()].float() * scale).to(embedding.dtype)
+    angles = row_position.float().unsqueeze(-1) * inv_freq.unsqueeze(1)
+    amplitude = rotary_scale.view(-1, 1, 1)
+    return rows.to(dtype or rows.dtype, copy=True), angles.cos() * amplitude, angles.sin() * amplitude
+
+
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,

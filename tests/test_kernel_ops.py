@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from llm2_fast import kernel_ops, reference
-from test_kernels_layers import NORM, SCORE, commit_inputs, randn, rope_inputs
+from test_kernels_layers import NORM, SCORE, branch_inputs, commit_inputs, embed_inputs, randn, rope_inputs
 from test_kernels_linear import inputs_of, selection_inputs
 from test_kernels_pairwise_loss import scores
 from test_ops import run_python
 
 OPERATORS = torch.ops.llm2_fast
 ALL = (
-    "select_candidates", "adjust_and_pick", "branch_attention", "linear", "silu_mul", "gelu_tanh_mul", "rms_norm",
-    "add_rms_norm", "rope_and_store", "score_head", "commit", "lm_head_select", "pairwise_loss",
+    "branch_rows", "embed", "select_candidates", "adjust_and_pick", "branch_attention", "linear", "silu_mul",
+    "gelu_tanh_mul", "rms_norm", "add_rms_norm", "rope_and_store", "score_head", "commit", "lm_head_select",
+    "pairwise_loss",
 )  # fmt: skip
 
 
@@ -24,6 +25,8 @@ def samples() -> dict[str, tuple]:
     """Arguments of every op of the module."""
     norm = {**NORM, "x": randn(3, 4)}
     return {
+        "branch_rows": branch_inputs(3, 4),
+        "embed": (*embed_inputs(torch.bfloat16).values(), torch.float32),
         "linear": tuple(inputs_of(3, 8, 6, bias=True, rank=2, residual=True).values()),
         "silu_mul": (randn(3, 8),),
         "gelu_tanh_mul": (randn(3, 8),),

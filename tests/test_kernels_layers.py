@@ -1,4 +1,4 @@
-"""The Triton kernels of norms, rotary positions, gates, score heads and commits against the torch reference."""
+"""The Triton kernels between the linear layers and attention, and around the layers, against the torch reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from llm2_fast import kernel_ops, reference
+from llm2_fast.kernels.branch_rows import branch_rows
 from llm2_fast.kernels.commit import commit
+from llm2_fast.kernels.embed import embed
 from llm2_fast.kernels.gated_activation import gated_activation
 from llm2_fast.kernels.rms_norm import rms_norm
 from llm2_fast.kernels.rope_and_store import rope_and_store
@@ -34,6 +36,93 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, **options: Any) -
 
 def moved(values: Any) -> list[Any]:
     return [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in values]
+
+
+# --- rows of branches -------------------------------------------------------------------------------------------------
+
+
+def branch_inputs(batch: int, width: int) -> tuple[torch.Tensor, ...]:
+    """Counts from 0 to the width."""
+    ids = torch.randint(0, 1000, (batch, width), generator=generator(batch), dtype=torch.int32)
+    count = torch.arange(batch, dtype=torch.int32) * 5 % (width + 1)
+    return ids, count, torch.randint(0, 9999, (batch,), generator=generator(width), dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("batch", "width"), [(0, 3), (1, 1), (7, 3), (256, 2), (5, 256)])
+def test_branch_rows(batch: int, width: int) -> None:
+    arguments = branch_inputs(batch, width)
+    for one, other in zip(run(kernel_ops._branch_rows_cuda, arguments), reference.branch_rows(*arguments), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_branch_rows_that_do_not_fit_and_counts_out_of_range() -> None:
+    """What is there stays; ids may be columns of a wider tensor."""
+    ids, _, lengths = branch_inputs(4, 6)
+    wanted = reference.branch_rows(ids[:, 1:5].contiguous(), int32(2, 0, 4, 3), lengths)
+    for room in (0, 5, 7, 12):
+        rows = [torch.full((room,), -7, dtype=torch.int32, device=DEVICE) for _ in range(3)]
+        first_row, num_rows = (torch.full((n,), -7, dtype=torch.int32, device=DEVICE) for n in (5, 1))
+        count = int32(2, -3, 9, 3)
+        branch_rows(*moved((ids[:, 1:5], count, lengths)), first_row, *rows, num_rows)
+        fitting = min(room, 9)
+        assert num_rows.item() == fitting
+        assert torch.equal(first_row.cpu(), wanted[0])
+        for one, other in zip(rows, wanted[1:4], strict=True):
+            assert torch.equal(one[:fitting].cpu(), other[:fitting])
+            assert (one[fitting:] == -7).all()
+
+
+# --- embed ------------------------------------------------------------------------------------------------------------
+
+
+def embed_inputs(dtype: torch.dtype = torch.float32, hidden_size: int = 33, head_dim: int = 16) -> dict[str, Any]:
+    """Two rotary tables, and positions up to a million."""
+    half = head_dim // 2
+    return {
+        "row_token": int32(3, 0, 10, 3, 7),
+        "row_position": int32(0, 1, 517, 131_071, 1_000_003),
+        "embedding": randn(11, hidden_size, dtype=dtype),
+        "scale": 5.65625,
+        "inv_freq": torch.stack([base ** -(torch.arange(half) / half) for base in (10_000.0, 500_000.0)]),
+        "rotary_scale": torch.tensor([1.0, 1.25]),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_embed(dtype: torch.dtype) -> None:
+    for inputs in (embed_inputs(dtype), embed_inputs(dtype, 1100, 2), embed_inputs(dtype, 1, 160)):
+        for output_dtype in (None, torch.float32):
+            arguments = (*inputs.values(), output_dtype)
+            actual, expected = run(kernel_ops._embed_cuda, arguments), reference.embed(*arguments)
+            assert actual[0].dtype == expected[0].dtype
+            assert_close(actual[0].to(dtype), expected[0].to(dtype))  # values of `dtype` in both
+            for one, other in zip(actual[1:], expected[1:], strict=True):
+                assert_close(one, other)
+    inputs |= {"row_token": int32(), "row_position": int32()}
+    assert [x.shape for x in run(kernel_ops._embed_cuda, inputs.values())] == [(0, 1), (2, 0, 80), (2, 0, 80)]
+
+
+def test_embed_strided_table_and_row_count() -> None:
+    arguments = moved(embed_inputs().values())
+    expected = kernel_ops._embed_cuda(*arguments)
+    arguments[2] = torch.cat([arguments[2], arguments[2]], dim=1)[:, :33]
+    outputs = [torch.full_like(x, 7) for x in expected]
+    embed(*arguments, *outputs, int32(2).to(DEVICE))
+    assert torch.equal(outputs[0][:2], expected[0][:2])
+    assert (outputs[0][2:] == 7).all()
+    for one, other in zip(outputs[1:], expected[1:], strict=True):
+        assert torch.equal(one[:, :2], other[:, :2])
+        assert (one[:, 2:] == 7).all()
+
+
+def test_cosines_and_sines_are_exact_to_rounding() -> None:
+    """Against float64, in every quadrant and at positions whose float32 angle exceeds 2**19."""
+    inputs = embed_inputs(hidden_size=1, head_dim=2)
+    positions = torch.randint(0, 2**20, (300,), generator=generator(0), dtype=torch.int32)
+    inputs |= {"row_token": torch.zeros(300, dtype=torch.int32), "row_position": positions}
+    _, cosine, sine = run(kernel_ops._embed_cuda, inputs.values())
+    torch.testing.assert_close(cosine[0, :, 0].double(), positions.double().cos(), rtol=0, atol=1.2e-7)
+    torch.testing.assert_close(sine[0, :, 0].double(), positions.double().sin(), rtol=0, atol=1.2e-7)
 
 
 # --- rms_norm ---------------------------------------------------------------------------------------------------------
@@ -257,6 +346,7 @@ def test_commit_beyond_int32_offsets(tmp_path: Path) -> None:
 
 # --- arguments that do not fit ----------------------------------------------------------------------------------------
 
+BRANCHES = dict(zip(("ids", "count", "lengths"), branch_inputs(3, 2), strict=True))
 NORM = {"x": torch.zeros(3, 4), "residual": torch.zeros(3, 4), "weight": torch.ones(4), "eps": 1e-5}
 SCORE = {
     "hidden_states": torch.zeros(3, 4),
@@ -269,6 +359,13 @@ SCORE = {
 @pytest.mark.parametrize(
     ("op", "inputs", "name", "change", "message"),
     [
+        ("branch_rows", BRANCHES, "count", lambda x: x.long(), "count: expected int32 on .*, got int64"),
+        ("branch_rows", BRANCHES, "lengths", lambda x: x[1:], r"lengths: expected shape \[3\], got shape \[2\]"),
+        ("branch_rows", BRANCHES, "ids", lambda x: x.new_zeros(3, 2000), r"columns of ids: expected in \[1, 1024\]"),
+        ("embed", embed_inputs(), "row_token", lambda x: x.long(), "row_token: expected int32 on .*, got int64"),
+        ("embed", embed_inputs(), "embedding", lambda x: x.double(), "embedding: expected float32 or float16 or"),
+        ("embed", embed_inputs(), "inv_freq", lambda x: x[:0], "rows of inv_freq: expected >= 1, got 0"),
+        ("embed", embed_inputs(), "rotary_scale", lambda x: x[:1], r"rotary_scale: expected shape \[2\], got"),
         ("add_rms_norm", NORM, "x", lambda x: x.double(), "x: expected float32 or float16 or"),
         ("add_rms_norm", NORM, "weight", lambda x: x[:3], r"weight: expected shape \[4\], got shape \[3\]"),
         ("add_rms_norm", NORM, "residual", lambda x: x[:, :1], r"residual: expected shape \[3, 4\], got"),
