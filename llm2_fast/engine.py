@@ -89,8 +89,9 @@ def load(
         check_number("kv_cache_memory_bytes", kv_cache_memory_bytes, integer=True, minimum=1)
     if not isinstance(cache_packed, bool):
         raise ArgumentError("cache_packed", "True or False", repr(cache_packed))
-    if cache_packed and (backend not in ("auto", CpuBackend.name) or isinstance(model, PreTrainedModel)):
-        actual = "a model in memory" if isinstance(model, PreTrainedModel) else f"the {backend} backend"
+    runs_elsewhere = backend not in ("auto", CpuBackend.name)
+    if cache_packed and (runs_elsewhere or isinstance(model, PreTrainedModel)):
+        actual = f"the {backend} backend" if runs_elsewhere else "a model in memory"
         raise ArgumentError("cache_packed", "False, or the cpu backend and a model that is read from files", actual)
     if verifier is not None and not isinstance(verifier, (str, os.PathLike, Verifier)):
         raise ArgumentError("verifier", "a path, a hub id, a llm2_fast.Verifier or None", type(verifier).__name__)
