@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -43,8 +44,14 @@ def read_bandwidth() -> float:
 
 
 def measure_read_bandwidth() -> float:
-    """Bytes per second at which this process reads a buffer larger than the last-level cache; best of five."""
-    buffer = torch.ones(_BUFFER_BYTES // 4)
+    """Bytes per second at which this process reads a buffer larger than the last-level cache; best of five.
+
+    Where the system has large pages the buffer is in them, which can be read a third faster than pages of 4 KiB.
+    """
+    memory = mmap.mmap(-1, _BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    buffer = torch.frombuffer(memory, dtype=torch.float32).fill_(1.0)
     seconds = []
     for _ in range(_READS):
         start = time.perf_counter()

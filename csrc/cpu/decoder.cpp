@@ -17,8 +17,9 @@ constexpr int64_t kPhasesPerLayer = 15;  // at most: many rows, updates of all f
 // So few rows every worker normalizes for itself: that takes less time than one more phase.
 constexpr int64_t kFewRows = 8;
 constexpr int64_t kItemsPerWorker = 4;  // fewer are divided further
-constexpr int64_t kPrefetchedBytes = 32768;
-constexpr int64_t kCacheLine = 64;
+// Of the next layer: in all, a fraction of a second-level cache, and before looking whether the others are done.
+constexpr int64_t kPrefetchedBytes = 262144;
+constexpr int64_t kPrefetchedAtOnce = 32768;
 
 int64_t round_up_to_even(int64_t value) {
   return value + value % 2;
@@ -41,14 +42,28 @@ float rounded(float value, DType dtype) {
 
 }  // namespace
 
-// Asks for the beginning of a worker's share of a layer, so that memory has something to do while the worker waits.
-static void prefetch(const PackedLinear* linear, const Worker& worker) {
-  if (linear == nullptr) return;
-  const RowRange panels = worker.share(linear->num_panels());
-  const char* begin = static_cast<const char*>(linear->panels().packed) + panels.begin * linear->panel_bytes();
-  const int64_t bytes = std::min(kPrefetchedBytes, (panels.end - panels.begin) * linear->panel_bytes());
-  for (int64_t line = 0; line < bytes; line += kCacheLine) __builtin_prefetch(begin + line, 0, 2);
-}
+// Asks for the beginning of a worker's share of a layer, piece by piece, so that memory has something to do while the
+// worker waits.
+class Prefetch {
+ public:
+  Prefetch(const PackedLinear* linear, const Worker& worker) {
+    if (linear == nullptr) return;
+    const RowRange panels = worker.share(linear->num_panels());
+    next_ = static_cast<const char*>(linear->panels().packed) + panels.begin * linear->panel_bytes();
+    end_ = next_ + std::min(kPrefetchedBytes, (panels.end - panels.begin) * linear->panel_bytes());
+  }
+
+  // False once all is asked for.
+  bool operator()() {
+    const char* end = end_ - next_ > kPrefetchedAtOnce ? next_ + kPrefetchedAtOnce : end_;
+    for (; next_ < end; next_ += kCacheLine) __builtin_prefetch(next_, 0, 2);
+    return next_ < end_;
+  }
+
+ private:
+  const char* next_ = nullptr;
+  const char* end_ = nullptr;
+};
 
 // A part of the prefix that a tile attends to.
 struct AttentionPart {
@@ -193,8 +208,8 @@ class Decoder::Pass {
                        const PackedLinear* next, Worker& worker) const;
   void add_projected(const std::vector<float>& norm, int64_t row) const;
   void rope_and_store(int64_t index, RowRange rows, RowRange kv_heads, Worker& worker) const;
-  void attend(int64_t index, Worker& worker) const;
-  void attend_in_parts(int64_t index, Worker& worker) const;
+  void attend(int64_t index, const PackedLinear* next, Worker& worker) const;
+  void attend_in_parts(int64_t index, const PackedLinear* next, Worker& worker) const;
   bool head_reads(int64_t layer) const;
   void capture(int64_t layer, int64_t row) const;
   void capture_final(int64_t row) const;
@@ -344,7 +359,7 @@ void Decoder::Pass::run_layer(int64_t index, Worker& worker) const {
   const Epilogue activation = spec_.activation == Activation::kSilu ? Epilogue::kSiluMul : Epilogue::kGeluTanhMul;
   apply(layer.qkv, Normed(*this, layer.input_norm, worker), hidden, Epilogue::kStoreFloat, work_.qkv.data(),
         q_size + 2 * kv_size, layer.o.weight.get(), worker);
-  attend(index, worker);
+  attend(index, layer.o.weight.get(), worker);
   add_to_residual(
       layer.o, [&] { return work_.attended.data(); }, q_size, layer.attention_output_norm, layer.gate_up.weight.get(),
       worker);
@@ -399,7 +414,7 @@ void Decoder::Pass::apply(const AdaptedLinear& linear, Input&& input, int64_t in
     args.weights = {linear.weight->panels(), input(), input_stride};
     table_.linear(args, panels);
   };
-  worker.each(linear.weight->num_panels(), work, [&] { prefetch(next, worker); });
+  worker.each(linear.weight->num_panels(), work, Prefetch(next, worker));
 }
 
 // Adds W x to the residual, after its norm if it has one.
@@ -486,30 +501,31 @@ BranchAttentionArgs Decoder::Pass::attention_args(int64_t index, int64_t row) co
 }
 
 // Rotary positions, cache writes and attention.
-void Decoder::Pass::attend(int64_t index, Worker& worker) const {
+void Decoder::Pass::attend(int64_t index, const PackedLinear* next, Worker& worker) const {
   // With a window of one position rows see nothing that touches.
   const bool in_parts = !work_.parts.empty() && weights_.layers[static_cast<size_t>(index)].sliding_window != 1;
   const bool at_once = one_tile_per_slot_ && !in_parts;
   if (!at_once) {
     worker.each(rows_.count, [&](RowRange rows) { rope_and_store(index, rows, {0, spec_.num_kv_heads}, worker); });
   }
-  if (in_parts) return attend_in_parts(index, worker);
+  if (in_parts) return attend_in_parts(index, next, worker);
   void* scratch = work_.scratch[static_cast<size_t>(worker.index())].data();
-  worker.each(static_cast<int64_t>(work_.tiles.size()) * spec_.num_kv_heads, [&](RowRange items) {
+  const auto work = [&](RowRange items) {
     for (int64_t item = items.begin; item < items.end; ++item) {
       const int64_t kv_head = item % spec_.num_kv_heads;
       const RowRange tile = work_.tiles[static_cast<size_t>(item / spec_.num_kv_heads)];
       if (at_once) rope_and_store(index, tile, {kv_head, kv_head + 1}, worker);
       table_.branch_attention(attention_args(index, tile.begin), tile, {kv_head, kv_head + 1}, scratch);
     }
-  });
+  };
+  worker.each(static_cast<int64_t>(work_.tiles.size()) * spec_.num_kv_heads, work, Prefetch(next, worker));
 }
 
 // Whoever finishes the last part of a tile's head merges them, always in the same order.
-void Decoder::Pass::attend_in_parts(int64_t index, Worker& worker) const {
+void Decoder::Pass::attend_in_parts(int64_t index, const PackedLinear* next, Worker& worker) const {
   void* scratch = work_.scratch[static_cast<size_t>(worker.index())].data();
   const int64_t heads = spec_.num_kv_heads, state_size = table_.attention_state_size(attention_args(index, 0));
-  worker.each(static_cast<int64_t>(work_.parts.size()) * heads, [&](RowRange items) {
+  const auto work = [&](RowRange items) {
     for (int64_t item = items.begin; item < items.end; ++item) {
       const AttentionPart& part = work_.parts[static_cast<size_t>(item / heads)];
       const int64_t kv_head = item % heads;
@@ -522,7 +538,8 @@ void Decoder::Pass::attend_in_parts(int64_t index, Worker& worker) const {
         table_.merge_parts(args, tile, kv_head, part.num_parts, states, scratch);
       }
     }
-  });
+  };
+  worker.each(static_cast<int64_t>(work_.parts.size()) * heads, work, Prefetch(next, worker));
 }
 
 bool Decoder::Pass::head_reads(int64_t layer) const {

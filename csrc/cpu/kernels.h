@@ -140,6 +140,7 @@ struct KernelTable {
 };
 
 constexpr int64_t kAttentionTileRows = 16;
+constexpr int64_t kCacheLine = 64;
 constexpr int64_t kAttentionPart = 256;  // positions; a part of the prefix begins at a multiple
 
 // The kernels of a tier that can run here.

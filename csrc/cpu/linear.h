@@ -21,7 +21,6 @@ namespace llm2_fast {
 namespace LLM2_FAST_TIER {
 
 constexpr int64_t kPrefetchBytes = 4096;  // ahead of the weights in use
-constexpr int64_t kCacheLine = 64;
 
 // tile[r][i] = W x for the rows [row, row + kRows) and the output features of a panel. Weights are T, or int8 with
 // scales.

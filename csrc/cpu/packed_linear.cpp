@@ -7,16 +7,13 @@
 #include <utility>
 
 #include "kernels.h"
+#include "large_pages.h"
 #include "llm2_fast/thread_pool.h"
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace llm2_fast {
 namespace {
 
 constexpr int64_t kVectorAlignment = 64;
-constexpr int64_t kHugePage = int64_t{2} << 20;
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -84,13 +81,8 @@ const void* find(const std::vector<PackedBuffer>& buffers, const char* name, DTy
 AlignedBuffer::AlignedBuffer(int64_t bytes) {
   const int64_t size = round_up(bytes > 0 ? bytes : 1, kVectorAlignment);
   void* data = nullptr;
-  const int64_t alignment = size >= kHugePage ? kHugePage : kVectorAlignment;
-  if (posix_memalign(&data, static_cast<size_t>(alignment), static_cast<size_t>(size)) != 0) throw std::bad_alloc();
+  if (posix_memalign(&data, kVectorAlignment, static_cast<size_t>(size)) != 0) throw std::bad_alloc();
   data_.reset(data);
-#ifdef __linux__
-  // Whole pages only: the rest of the last one would be memory that nobody uses. Advice: failure changes nothing.
-  if (alignment == kHugePage) madvise(data, static_cast<size_t>(size / kHugePage * kHugePage), MADV_HUGEPAGE);
-#endif
   std::memset(data, 0, static_cast<size_t>(size));
 }
 
@@ -111,8 +103,9 @@ PackedLinear::PackedLinear(DType dtype, const std::vector<WeightView>& weights, 
   num_panels_ = static_cast<int64_t>(features.size()) / panel.width;
   group_size_ = group_size < in_features ? group_size : depth_;
   const int64_t weight_size = group_size_ > 0 ? 1 : element_size;
-  const auto storage = std::make_shared<AlignedBuffer>(static_cast<int64_t>(features.size()) * depth_ * weight_size);
-  packed_ = std::shared_ptr<const void>(storage, storage->data());
+  const std::shared_ptr<void> storage =
+      allocate_in_large_pages(static_cast<int64_t>(features.size()) * depth_ * weight_size);
+  packed_ = storage;
   if (group_size_ > 0) scales_.resize(features.size() * static_cast<size_t>(num_groups(depth_, group_size_)));
 
   std::vector<const void*> rows;
@@ -121,7 +114,7 @@ PackedLinear::PackedLinear(DType dtype, const std::vector<WeightView>& weights, 
     if (has_bias) bias_.push_back(feature.bias);
   }
   float* scales = scales_.empty() ? nullptr : scales_.data();
-  const PackArgs args = {dtype, rows.data(), in_features, depth_, storage->data(), scales, group_size_};
+  const PackArgs args = {dtype, rows.data(), in_features, depth_, storage.get(), scales, group_size_};
   run_parallel(num_threads, 1, [&](Worker& worker) {
     worker.each(num_panels_, [&](RowRange panels) { table.pack_panels(args, panels); });
   });

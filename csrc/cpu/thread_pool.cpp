@@ -116,7 +116,7 @@ class ThreadPool {
 }  // namespace
 
 void Phase::wait(int64_t items) const {
-  for (int i = 0; done.load(std::memory_order_acquire) != items; i += i < kSpins) relax(i);
+  for (int i = 0; !complete(items); i += i < kSpins) relax(i);
 }
 
 void run_parallel(int num_threads, int64_t num_phases, const std::function<void(Worker&)>& job) {

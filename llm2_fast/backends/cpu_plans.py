@@ -53,10 +53,13 @@ class CpuPlan(ABC):
     def free(self, slot: int) -> None:
         """A slot is about to be given back; it may not have been added yet."""
 
-    def _tensors_for(self, sequences: list[Sequence], **widths: int) -> StepTensors:
+    def _tensors_for(self, sequences: list[Sequence]) -> StepTensors:
         if self._tensors is None or not self._tensors.fit(sequences):
-            self._tensors = StepTensors(self._extension, sequences, **widths)
+            self._tensors = self._make_tensors(sequences)
         return self._tensors
+
+    def _make_tensors(self, sequences: list[Sequence]) -> StepTensors:
+        return StepTensors(self._extension, sequences)
 
     def _pending(self, sequences: list[Sequence]) -> PassRows:
         """Rows for the tokens that the LLM's cache lacks: the last one, or none right after the prompt."""
@@ -71,13 +74,17 @@ class PlainCpuPlan(CpuPlan):
         super().__init__(extension, llm)
         # Made once: torch's threads would wake for it in every step and then spin on the processors of ours.
         self._ids = torch.arange(llm.spec.vocab_size, dtype=torch.int32)
+        self._candidates: Candidates | None = None  # the whole vocabulary, as `_tensors` has it
 
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
-        tensors = self._run(sequences)
-        usable, picked = tensors.candidates, tensors.picked
-        ids = self._ids.expand(len(sequences), -1)
-        candidates = usable._replace(ids=ids, logits=picked.adjusted, cut=torch.zeros_like(usable.cut))
-        return step_outputs(sequences, candidates, None, picked, [0] * len(sequences))
+        picked = self._run(sequences).picked
+        return step_outputs(sequences, self._candidates, None, picked, [0] * len(sequences))
+
+    def _make_tensors(self, sequences: list[Sequence]) -> StepTensors:
+        tensors = StepTensors(self._extension, sequences, max_candidates=1, pick_width=self._llm.spec.vocab_size)
+        usable, ids = tensors.candidates, self._ids.expand(len(sequences), -1)
+        self._candidates = usable._replace(ids=ids, logits=tensors.picked.adjusted, cut=torch.zeros_like(usable.cut))
+        return tensors
 
     def logits(self, sequences: list[Sequence]) -> torch.Tensor:
         # Every logit is written only where a token is drawn; what is drawn is left aside.
@@ -86,7 +93,7 @@ class PlainCpuPlan(CpuPlan):
 
     def _run(self, sequences: list[Sequence]) -> StepTensors:
         vocab_size = self._llm.spec.vocab_size
-        tensors = self._tensors_for(sequences, max_candidates=1, pick_width=vocab_size)
+        tensors = self._tensors_for(sequences)
         pending = self._pending(sequences)
         seen = occurring_tokens(sequences, vocab_size)
         self._llm.decoder.plain_step(

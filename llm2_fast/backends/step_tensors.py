@@ -40,7 +40,7 @@ class StepTensors:
             width = max_candidates
         pick_width = width if pick_width is None else pick_width
         pick = pick_options(sequences)
-        self._sequences, self._step = list(sequences), pick["step"]
+        self._sequences, self._step = list(sequences), pick["step"].numpy()  # to write to without a torch op
 
         def integers(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.int32)
@@ -73,5 +73,5 @@ class StepTensors:
         """Whether these are the tensors of `sequences`; if so, their step numbers are brought up to date."""
         if sequences != self._sequences:
             return False
-        self._step.copy_(torch.tensor([len(s.token_ids) for s in sequences], dtype=torch.int32))
+        self._step[:] = [len(s.token_ids) for s in sequences]
         return True

@@ -13,7 +13,7 @@
 
 namespace llm2_fast {
 
-// Zeroed memory, aligned for vectors and, where it is large, for huge pages.
+// Zeroed memory, aligned for vectors.
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;

@@ -19,6 +19,8 @@ struct alignas(128) Share {
 struct alignas(128) Phase {
   std::atomic<int64_t> done{0};  // items finished
 
+  bool complete(int64_t items) const { return done.load(std::memory_order_acquire) == items; }
+
   // Returns when `items` are done. Spins, since phases take microseconds; yields when that takes longer, since whoever
   // holds the last item may be waiting for this very core.
   void wait(int64_t items) const;
@@ -38,9 +40,10 @@ class Worker {
   // The next phase: calls work(range) until all of [0, items) is covered, by all workers together, and returns when all
   // of it is done; what was written is visible then. A worker begins with its own share, in order, and then takes what
   // is left of the others', so one that gets no processor time holds up nobody unless it is in the middle of a range.
-  // `meanwhile()` is called before waiting for the others. All workers must go through the same phases.
+  // While others are still at it, `meanwhile()` is called until it returns false, at least once. All workers must go
+  // through the same phases.
   template <typename Work, typename Meanwhile>
-  void each(int64_t items, const Work& work, const Meanwhile& meanwhile) {
+  void each(int64_t items, const Work& work, Meanwhile&& meanwhile) {
     if (count_ == 1) {
       if (items > 0) work(RowRange{0, items});
       return;
@@ -59,13 +62,14 @@ class Worker {
         phase.done.fetch_add(end - begin, std::memory_order_release);
       }
     }
-    meanwhile();
+    while (meanwhile() && !phase.complete(items)) {
+    }
     phase.wait(items);
   }
 
   template <typename Work>
   void each(int64_t items, const Work& work) {
-    each(items, work, [] {});
+    each(items, work, [] { return false; });
   }
 
  private:
