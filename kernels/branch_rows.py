@@ -17,7 +17,7 @@ MAX_BRANCHES = 1024
 
 @triton.jit
 def _branch_rows_kernel(
-    ids, count, lengths, first_row, row_token, row_sequence, row_position, num_rows,
+    ids, count, lengths, slots, first_row, row_token, row_sequence, row_position, num_rows,
     num_sequences, max_branches, max_rows, ids_row, SEQUENCES: tl.constexpr, BRANCHES: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
@@ -33,8 +33,9 @@ def _branch_rows_kernel(
     exists = (branches < tl.sum(tl.where(others == sequence, counts, 0), axis=0)) & (rows < max_rows)
     tokens = tl.load(ids + sequence.to(tl.int64) * ids_row + branches, mask=exists, other=0)
     tl.store(row_token + rows, tokens, mask=exists)
-    tl.store(row_sequence + rows, sequence + tl.zeros((BRANCHES,), tl.int32), mask=exists)
-    tl.store(row_position + rows, tl.load(lengths + sequence) + tl.zeros((BRANCHES,), tl.int32), mask=exists)
+    slot = sequence if slots is None else tl.load(slots + sequence)
+    tl.store(row_sequence + rows, slot + tl.zeros((BRANCHES,), tl.int32), mask=exists)
+    tl.store(row_position + rows, tl.load(lengths + slot) + tl.zeros((BRANCHES,), tl.int32), mask=exists)
 
 
 def branch_rows(
@@ -46,6 +47,7 @@ def branch_rows(
     row_sequence: torch.Tensor,
     row_position: torch.Tensor,
     num_rows: torch.Tensor,
+    slots: torch.Tensor | None = None,
 ) -> None:
     """`llm2_fast.reference.branch_rows`, but for what it says about entries from `num_rows` on: they stay as they are.
 
@@ -57,6 +59,7 @@ def branch_rows(
         row_token, row_sequence, row_position: int32 [R], written. With R < B * K branches may not fit; those from row R
             on are left out, and `first_row[B]` is larger than R.
         num_rows: int32 [1], written: min(first_row[B], R).
+        slots: int32 [B]: `lengths` and `row_sequence` are by slot, of which sequence b has `slots[b]`; None for b.
 
     Raises:
         ArgumentError: An argument has the wrong shape, dtype, strides, device or range.
@@ -67,14 +70,18 @@ def branch_rows(
     check_range("rows of ids", batch, 0, MAX_SEQUENCES)
     check_range("columns of ids", width, 1, MAX_BRANCHES)
     check_tensor("count", count, torch.int32, (batch,), device)
-    check_tensor("lengths", lengths, torch.int32, (batch,), device)
+    check_ndim("lengths", lengths, 1)
+    check_tensor("lengths", lengths, torch.int32, (batch,) if slots is None else lengths.shape, device)
+    if slots is not None:
+        check_tensor("slots", slots, torch.int32, (batch,), device)
     check_output("first_row", first_row, torch.int32, (batch + 1,), device)
     check_ndim("row_token", row_token, 1)
     for name, tensor in (("row_token", row_token), ("row_sequence", row_sequence), ("row_position", row_position)):
         check_output(name, tensor, torch.int32, row_token.shape, device)
     check_output("num_rows", num_rows, torch.int32, (1,), device)
     _branch_rows_kernel[(batch + 1,)](
-        ids, count, lengths, first_row, row_token, row_sequence, row_position, num_rows, batch, width, len(row_token),
-        ids.stride(0), SEQUENCES=triton.next_power_of_2(max(32, batch)), BRANCHES=triton.next_power_of_2(width),
+        ids, count, lengths, slots, first_row, row_token, row_sequence, row_position, num_rows,
+        batch, width, len(row_token), ids.stride(0),
+        SEQUENCES=triton.next_power_of_2(max(32, batch)), BRANCHES=triton.next_power_of_2(width),
         num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2_fast.backends.backend import Backend
 from llm2_fast.backends.cpu import CpuBackend
+from llm2_fast.backends.cuda import CudaBackend
 from llm2_fast.backends.reference import ReferenceBackend
 from llm2_fast.config import GenerationConfig, check_number, check_option_names
 from llm2_fast.errors import ArgumentError, CacheFullError
@@ -28,7 +29,7 @@ from llm2_fast.schedule import Schedule
 from llm2_fast.verifier import Verifier
 
 _LOGGER = logging.getLogger(__name__)
-_BACKENDS = {backend.name: backend for backend in (CpuBackend, ReferenceBackend)}
+_BACKENDS = {backend.name: backend for backend in (CpuBackend, CudaBackend, ReferenceBackend)}
 
 
 def load(
@@ -55,8 +56,8 @@ def load(
         tokenizer: Instead of the one beside the weights. A model without one takes token ids only.
         device: "auto" or a torch device.
         dtype: "auto" (the checkpoint's; float32 for GGUF) or a floating-point torch dtype or its name.
-        backend: "cpu", "reference", or "auto": "cpu" where it supports model and verifier, else "reference"; a log
-            message then says why.
+        backend: "cpu", "cuda", "reference", or "auto": that of the model's device, "cpu" or "cuda", where it supports
+            model and verifier, else "reference"; a log message then says why.
         quantization: Weights of the linear layers, of the LLM and of a `full` verifier, as int8: "int8" with a float32
             scale per output feature, or "int8-group32", "int8-group64", "int8-group128" with one per so many inputs.
             Only the cpu backend has it. None keeps the dtype.
@@ -64,7 +65,8 @@ def load(
         max_length: Bound on prompt and new tokens together; by default, and at most, the models' context.
         kv_cache_memory_bytes: Bound on the keys and values of all sequences, a verifier's included; half of the memory
             of the machine (or container) if None. Sequences without room wait, or are preempted and computed again,
-            which changes none of their tokens. For the cpu backend; the reference's caches grow as needed.
+            which changes none of their tokens. On a GPU half of its free memory if None. The reference's caches grow as
+            needed.
         cache_packed: Keep the weights, as the cpu backend packs them, in files of the cache directory, and map those
             into memory from the next load on. Saves the packing and memory that processes can share; costs as much
             disk space as the weights. For models and `full` verifiers that are read from files.
@@ -87,8 +89,9 @@ def load(
         check_number("kv_cache_memory_bytes", kv_cache_memory_bytes, integer=True, minimum=1)
     if not isinstance(cache_packed, bool):
         raise ArgumentError("cache_packed", "True or False", repr(cache_packed))
-    if cache_packed and (backend == ReferenceBackend.name or isinstance(model, PreTrainedModel)):
-        actual = "the reference backend" if backend == ReferenceBackend.name else "a model in memory"
+    runs_elsewhere = backend not in ("auto", CpuBackend.name)
+    if cache_packed and (runs_elsewhere or isinstance(model, PreTrainedModel)):
+        actual = f"the {backend} backend" if runs_elsewhere else "a model in memory"
         raise ArgumentError("cache_packed", "False, or the cpu backend and a model that is read from files", actual)
     if verifier is not None and not isinstance(verifier, (str, os.PathLike, Verifier)):
         raise ArgumentError("verifier", "a path, a hub id, a llm2_fast.Verifier or None", type(verifier).__name__)
@@ -325,18 +328,20 @@ class Engine:
 
 
 def _choose_backend(model: LoadedModel, verifier: Verifier | None, quantization: str | None) -> type[Backend]:
-    if (reason := CpuBackend.unsupported(model, verifier)) is None:
-        return CpuBackend
+    backend = CudaBackend if model.device.type == "cuda" and quantization is None else CpuBackend
+    if (reason := backend.unsupported(model, verifier)) is None:
+        return backend
     if quantization is not None:
         raise ArgumentError("quantization", f"None, since the cpu backend cannot run this ({reason})", quantization)
-    _log_reference(reason)
+    _log_reference(backend.name, reason)
     return ReferenceBackend
 
 
 @functools.cache
-def _log_reference(reason: str) -> None:
+def _log_reference(backend: str, reason: str) -> None:
     """Once per reason."""
-    _LOGGER.warning("backend: 'reference', which is slow, because the cpu backend cannot run this: %s", reason)
+    message = "backend: 'reference', which is slow, because the %s backend cannot run this: %s"
+    _LOGGER.warning(message, backend, reason)
 
 
 def _merge_config(config: GenerationConfig | None, overrides: dict[str, Any]) -> GenerationConfig:

@@ -15,7 +15,8 @@ import llm2_fast
 import tiny
 from llm2_fast import ArgumentError, GenerationConfig, ops
 from llm2_fast.backends import cached_decoder
-from llm2_fast.backends.cpu import CpuBackend, _lora_updates
+from llm2_fast.backends.compilation import lora_updates
+from llm2_fast.backends.cpu import CpuBackend
 from llm2_fast.cache.slots import SlotCache
 from llm2_fast.engine import _log_reference
 from llm2_fast.models.decoder import Decoder, Rows
@@ -152,7 +153,7 @@ def test_bfloat16_hidden_states(family, adapted):
     reference, updates = Decoder(model.base_model), None
     if adapted:
         loaded, verifier = LoadedModel(model, None, "tiny"), case(family, "lora").verifier
-        reference, updates = verifier.scorer(loaded).decoder, _lora_updates(loaded, verifier)
+        reference, updates = verifier.scorer(loaded).decoder, lora_updates(loaded, verifier)
     extension = ops.cpu_extension()
     weights = PackedWeights.pack(extension, model)
     compiled = cached_decoder.CachedDecoder(

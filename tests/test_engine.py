@@ -365,7 +365,7 @@ def test_bad_prompts(prompts, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tpu"}, "backend: expected 'auto' or one of 'cpu', 'reference', got 'tpu'"),
+        ({"backend": "tpu"}, "backend: expected 'auto' or one of 'cpu', 'cuda', 'reference', got 'tpu'"),
         ({"max_batch_size": 0}, "max_batch_size: expected an integer >= 1, got 0"),
         ({"max_length": 1}, "max_length: expected an integer >= 2, got 1"),
         ({"dtype": "int3"}, "dtype: expected 'auto', .* got 'int3'"),

@@ -6,7 +6,6 @@ import math
 import mmap
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,15 +14,13 @@ import torch
 from torch.utils.dlpack import to_dlpack
 from transformers import PreTrainedModel
 
+from llm2_fast.backends.compilation import check_same
 from llm2_fast.cache.blocks import BlockTables
 from llm2_fast.errors import ArgumentError
-from llm2_fast.models.decoder import agree, evaluating
 from llm2_fast.models.quantization import Quantization
 from llm2_fast.models.spec import DecoderSpec
 
 BLOCK_SIZE = 32
-_PROBE_LENGTH = 9
-_PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # bfloat16 models round after every op, compiled ones seldom
 # Python has a name for it from 3.13 on; elsewhere memory is not reserved anyway.
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 MIN_SHARED_WEIGHTS = 1 << 16  # of one linear layer: threads meet after each, which takes as long as reading these
@@ -105,24 +102,15 @@ class CachedDecoder:
         return torch.get_num_threads() if largest >= MIN_SHARED_WEIGHTS else 1
 
     def check(self, model: PreTrainedModel, quantization: Quantization | None = None) -> None:
-        """Compare a few tokens with `model`, whose weights these are or, quantized, were.
+        """`check_same` with `model`, whose weights these are or, quantized, were."""
+        check_same(self._last_hidden_state, model, self.spec, quantization)
 
-        A model whose layers were replaced or patched may compute something else than its type says, so it is refused.
-        What int8 loses is no difference: with `quantization` the model computes with the same rounded weights.
-
-        Raises:
-            ArgumentError: The hidden states differ.
-        """
-        token_ids = [(7 * i + 1) % self.spec.vocab_size for i in range(_PROBE_LENGTH)]
-        rounding = nullcontext() if quantization is None else quantization.applied_to(model)
-        with evaluating(model), rounding, torch.no_grad():
-            expected = model.base_model(torch.tensor([token_ids]), use_cache=False).last_hidden_state[0, -1].float()
+    def _last_hidden_state(self, token_ids: list[int]) -> torch.Tensor:
         slot = self.allocate()
         self.extend([slot], [token_ids])
-        actual = self.hidden_state(slot).float()
+        hidden_state = self.hidden_state(slot).clone()
         self.free(slot)
-        if not agree(actual, expected, _PROBE_TOLERANCE[self.spec.dtype]):
-            raise ArgumentError("model", "layers that compute what their type says", f"{type(model).__name__} differs")
+        return hidden_state
 
     def allocate(self) -> int:
         """An empty slot."""

@@ -13,6 +13,7 @@ from llm2_fast import ops
 from llm2_fast.backends.backend import Backend, check_fork
 from llm2_fast.backends.cache_budget import CacheBudget
 from llm2_fast.backends.cached_decoder import CachedDecoder
+from llm2_fast.backends.compilation import cached_specs, compiled_sources, lora_updates
 from llm2_fast.backends.cpu_plans import CpuPlan, JointCpuPlan, JointLoraCpuPlan, LazyCpuPlan, PlainCpuPlan
 from llm2_fast.errors import ArgumentError, CacheFullError
 from llm2_fast.models.checkpoint import CheckpointSource
@@ -21,12 +22,14 @@ from llm2_fast.models.loading import LoadedModel
 from llm2_fast.models.packed_file import PackedFile
 from llm2_fast.models.quantization import Quantization
 from llm2_fast.models.source import ModelSource
-from llm2_fast.models.spec import DecoderSpec, text_decoder
+from llm2_fast.models.spec import DecoderSpec
 from llm2_fast.models.weights import LoraUpdate, PackedWeights
 from llm2_fast.results import StepOutput
 from llm2_fast.sequence import Sequence
 from llm2_fast.verifier import FullVerifier, HeadVerifier, LoraVerifier, Verifier
 from llm2_fast.verifier.full import LabelHead
+
+_DTYPES = ("float32", "bfloat16")
 
 
 class CpuBackend(Backend):
@@ -63,8 +66,8 @@ class CpuBackend(Backend):
         self.quantization = quantization
         extension = ops.cpu_extension()
         head = _pack_head(extension, model, verifier)  # first, since it may not fit the model
-        updates = _lora_updates(model, verifier) if isinstance(verifier, LoraVerifier) else {}
-        self._budget = CacheBudget(_cached_specs(model, verifier), kv_cache_memory_bytes)
+        updates = lora_updates(model, verifier) if isinstance(verifier, LoraVerifier) else {}
+        self._budget = CacheBudget(cached_specs(model, verifier), kv_cache_memory_bytes)
         compiler = _Compiler(extension, self._budget.num_blocks, cache_packed, quantization)
         self._llm = compiler.compile(model.source, updates)
         self._plan = _make_plan(compiler, self._llm, head, verifier)
@@ -80,9 +83,12 @@ class CpuBackend(Backend):
         if (problem := ops.cpu_extension_problem()) is not None:
             return problem
         try:
-            DecoderSpec.from_model(model.source.skeleton)
-            if isinstance(verifier, FullVerifier):
-                DecoderSpec.from_model(verifier.source.skeleton)
+            for source in compiled_sources(model, verifier):
+                spec = DecoderSpec.from_model(source.skeleton)
+                if source.device.type != "cpu":
+                    raise ArgumentError("model", "a model on the CPU", str(source.device))
+                if spec.dtype not in _DTYPES:
+                    raise ArgumentError("model", f"dtype {' or '.join(_DTYPES)} for the cpu backend", spec.dtype)
         except ArgumentError as error:
             return str(error)
         return None
@@ -142,14 +148,6 @@ class CpuBackend(Backend):
         self._plan.reserve(sequence, length)
 
 
-def _cached_specs(model: LoadedModel, verifier: Verifier | None) -> list[DecoderSpec]:
-    """Of the decoders that cache: the LLM, and a verifier other than a head on it."""
-    llm = DecoderSpec.from_model(model.source.skeleton)
-    if verifier is None or isinstance(verifier, HeadVerifier):
-        return [llm]
-    return [llm, DecoderSpec.from_model(verifier.source.skeleton) if isinstance(verifier, FullVerifier) else llm]
-
-
 def _make_plan(compiler: _Compiler, llm: CachedDecoder, head: Any, verifier: Verifier | None) -> CpuPlan:
     """The plan for a verifier's kind."""
     extension = compiler.extension
@@ -199,18 +197,6 @@ class _Compiler:
 
     def _decoder(self, weights: PackedWeights, updates: dict[str, LoraUpdate] | None) -> CachedDecoder:
         return CachedDecoder(self.extension, weights.decoder(updates), weights.spec, self.num_blocks)
-
-
-def _lora_updates(model: LoadedModel, verifier: LoraVerifier) -> dict[str, LoraUpdate]:
-    """By module path below the text decoder. Modules elsewhere, those that see images, do not see text."""
-    base = model.source.skeleton.base_model
-    deltas = {base.get_submodule(path): delta for path, delta in verifier.deltas_for(model).items()}
-    modules = text_decoder(base).named_modules()
-    return {
-        path: (deltas[module].a, deltas[module].b * deltas[module].scaling)
-        for path, module in modules
-        if module in deltas
-    }
 
 
 def _pack_head(extension: ModuleType, model: LoadedModel, verifier: Verifier | None) -> Any:

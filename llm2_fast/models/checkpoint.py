@@ -22,6 +22,7 @@ from llm2_fast.models.spec import DecoderSpec
 
 _LOGGER = logging.getLogger(__name__)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CPU = torch.device("cpu")
 _CHUNK_BYTES = 1 << 24  # of a tensor that is converted while it is read
 
 
@@ -33,7 +34,7 @@ def open_checkpoint(
     Args:
         auto_class: `AutoModelForCausalLM`, or `AutoModel` for a decoder without its head.
         source: Directory or hub id.
-        device: Where it will run; on the CPU only weights may stay in their files.
+        device: Where it will run; weights may stay in their files for the CPU and for CUDA.
         dtype: "auto" (the checkpoint's) or a floating-point torch dtype.
         allow_pickle: Also read pickled weights.
 
@@ -41,9 +42,9 @@ def open_checkpoint(
         CheckpointError: Weights are missing, damaged or pickled.
     """
     obstacle = None
-    if device.type == "cpu":
+    if device.type in ("cpu", "cuda"):
         try:
-            return CheckpointSource(auto_class, source, dtype)
+            return CheckpointSource(auto_class, source, dtype, device)
         except ArgumentError:
             pass  # compiled decoders lack a part of it, so whoever runs it needs the whole model
         except CheckpointError as error:
@@ -116,6 +117,7 @@ class CheckpointSource(ModelSource):
         auto_class: As for `open_checkpoint`.
         source: As for `open_checkpoint`.
         dtype: As for `open_checkpoint`.
+        device: Where it will run. What is read of it is on the CPU.
 
     Attributes:
         files: The safetensors files.
@@ -126,9 +128,10 @@ class CheckpointSource(ModelSource):
             better what is wrong.
     """
 
-    def __init__(self, auto_class: Any, source: str | Path, dtype: torch.dtype | str) -> None:
-        self._auto_class, self._source = auto_class, source
-        self.device = torch.device("cpu")
+    def __init__(
+        self, auto_class: Any, source: str | Path, dtype: torch.dtype | str, device: torch.device = _CPU
+    ) -> None:
+        self._auto_class, self._source, self.device = auto_class, source, device
         config = _read_config(source)
         self.files = _usable_files(source, config)
         stored = _list_tensors(self.files)
@@ -140,7 +143,7 @@ class CheckpointSource(ModelSource):
         self._stored = _match(self.skeleton, stored)
 
     def load(self) -> MemorySource:
-        return MemorySource(read_checkpoint(self._auto_class, self._source, dtype=self.dtype))
+        return MemorySource(read_checkpoint(self._auto_class, self._source, dtype=self.dtype).to(self.device))
 
     def tensor(self, parameter: nn.Parameter) -> torch.Tensor:
         stored = self._stored[parameter]

@@ -20,7 +20,7 @@ from transformers import (
 from llm2_fast.errors import ArgumentError
 
 _FAMILIES = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model, Gemma3TextModel)
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # Scalings whose frequencies do not change with the length of the sequence.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -45,7 +45,7 @@ class DecoderSpec:
     """What a compiled decoder must know besides the weights.
 
     Attributes:
-        dtype: "float32" or "bfloat16", of weights and cache.
+        dtype: "float32", "float16" or "bfloat16", of weights and cache.
         hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim, vocab_size: Sizes.
         rms_norm_eps: Added to the mean square in every norm.
         attention_scale: Factor on the dot products of queries and keys.
@@ -114,9 +114,7 @@ def _check(model: PreTrainedModel) -> None:
     families = ", ".join(family.__name__ for family in _FAMILIES)
     _require(type(decoder) in _FAMILIES, f"one of {families}", type(decoder).__name__)
     config = decoder.config
-    _require(model.dtype in _DTYPES, "dtype float32 or bfloat16", str(model.dtype))
-    # "meta": the weights are still in files, from which they are packed on the CPU.
-    _require(model.device.type in ("cpu", "meta"), "a model on the CPU", str(model.device))
+    _require(model.dtype in _DTYPES, f"dtype {' or '.join(_DTYPES.values())}", str(model.dtype))
     activation = _activation(config)
     _require(activation in _ACTIVATIONS, f"activation {' or '.join(map(repr, _ACTIVATIONS))}", repr(activation))
     _require(config.hidden_size % 2 == 0, "an even hidden_size", str(config.hidden_size))
@@ -137,7 +135,7 @@ def _check(model: PreTrainedModel) -> None:
 
 def _require(condition: bool, expected: str, actual: str) -> None:
     if not condition:
-        raise ArgumentError("model", f"{expected} for the cpu backend", actual)
+        raise ArgumentError("model", f"{expected} for compiled decoders", actual)
 
 
 def _activation(config: Any) -> str:

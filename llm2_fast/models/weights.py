@@ -82,15 +82,15 @@ class PackedWeights:
         source = as_source(model)
         spec = DecoderSpec.from_model(source.skeleton)
         decoder, lm_head = text_decoder(source.skeleton), source.skeleton.get_output_embeddings()
-        weights = cls(extension, spec, {}, {"final_norm": _norm_weight(source, decoder.norm)})
+        weights = cls(extension, spec, {}, {"final_norm": norm_weight(source, decoder.norm)})
         modules = {} if lm_head is None else {"lm_head": {"lm_head": lm_head}}
         for index, layer in enumerate(decoder.layers):
-            for name, norm in _norms(layer).items():
-                weights.tensors[f"layers.{index}.{name}"] = _norm_weight(source, norm)
-            for name, paths in _PATHS.items():
+            for name, norm in norms_of(layer).items():
+                weights.tensors[f"layers.{index}.{name}"] = norm_weight(source, norm)
+            for name, paths in LINEAR_PATHS.items():
                 linears = {f"layers.{index}.{path}": layer.get_submodule(path) for path in paths}
                 modules[f"layers.{index}.{name}"] = linears
-        if lm_head is None or not _share_weight(lm_head, decoder.embed_tokens):
+        if lm_head is None or not share_weight(lm_head, decoder.embed_tokens):
             weights.tensors["embedding"] = source.tensor(decoder.embed_tokens.weight).to(weights._dtype).contiguous()
         # The largest first: then what is packed already and what is being read are never much more than the whole.
         for name in sorted(modules, key=lambda name: -sum(linear.weight.numel() for linear in modules[name].values())):
@@ -112,9 +112,9 @@ class PackedWeights:
             prefix = f"layers.{index}."
             linears = {
                 name: self._adapt(self.linears[prefix + name], [prefix + path for path in paths], updates or {})
-                for name, paths in _PATHS.items()
+                for name, paths in LINEAR_PATHS.items()
             }
-            norms = {name: self._capsule(prefix + name) for name in _NORMS}
+            norms = {name: self._capsule(prefix + name) for name in NORMS}
             window, table = self.spec.sliding_windows[index], self.spec.layer_rotary_tables[index]
             layers.append(DecoderLayer(**norms, **linears, sliding_window=window, rotary_table=table))
         embedding, lm_head = self._capsule("embedding"), self.linears.get("lm_head")
@@ -153,38 +153,58 @@ class PackedWeights:
         )
 
     def _adapt(self, weight: Any, paths: list[str], updates: dict[str, LoraUpdate]) -> AdaptedLinear:
-        """The updates of all modules of a packed layer as one: A stacked, B block-diagonal, rounded to the dtype."""
-        present = [updates[path] for path in paths if path in updates]
-        if not present:
+        """A packed layer with the updates of all its modules as one, rounded to the dtype."""
+        stacked = stack_updates(self.spec, paths, updates)
+        if stacked is None:
             return AdaptedLinear(weight)
-        rank = sum(a.shape[0] for a, _ in present)
-        columns, first = [], 0
-        for path, size in zip(paths, self._out_features(paths), strict=True):
-            column = torch.zeros(size, rank)
-            if path in updates:
-                b = updates[path][1]
-                column[:, first : first + b.shape[1]] = b
-                first += b.shape[1]
-            columns.append(column)
-        lora_a = self._pack_tensors([torch.cat([a for a, _ in present])], [None])
+        a, columns = stacked
+        lora_a = self._pack_tensors([a], [None])
         lora_b = self._pack_tensors(columns, [None] * len(columns), interleaved=len(paths) == 2)
         return AdaptedLinear(weight, lora_a, lora_b)
 
-    def _out_features(self, paths: list[str]) -> list[int]:
-        spec = self.spec
-        sizes = {
-            "q_proj": spec.num_heads * spec.head_dim,
-            "k_proj": spec.num_kv_heads * spec.head_dim,
-            "v_proj": spec.num_kv_heads * spec.head_dim,
-            "o_proj": spec.hidden_size,
-            "gate_proj": spec.intermediate_size,
-            "up_proj": spec.intermediate_size,
-            "down_proj": spec.hidden_size,
-        }
-        return [sizes[path.split(".")[-1]] for path in paths]
+
+def stack_updates(
+    spec: DecoderSpec, paths: list[str], updates: dict[str, LoraUpdate]
+) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
+    """The updates of modules with the same input as one; None if none of them has any.
+
+    Args:
+        spec: The decoder's.
+        paths: Of the modules, below the decoder.
+        updates: By path.
+
+    Returns:
+        A stacked, [rank, in_features], and of a block-diagonal B the rows of each module, [out_features, rank].
+    """
+    present = [updates[path] for path in paths if path in updates]
+    if not present:
+        return None
+    rank = sum(a.shape[0] for a, _ in present)
+    columns, first = [], 0
+    for path in paths:
+        column = torch.zeros(_out_features(spec, path), rank)
+        if path in updates:
+            b = updates[path][1]
+            column[:, first : first + b.shape[1]] = b
+            first += b.shape[1]
+        columns.append(column)
+    return torch.cat([a for a, _ in present]), columns
 
 
-_PATHS = {
+def _out_features(spec: DecoderSpec, path: str) -> int:
+    sizes = {
+        "q_proj": spec.num_heads * spec.head_dim,
+        "k_proj": spec.num_kv_heads * spec.head_dim,
+        "v_proj": spec.num_kv_heads * spec.head_dim,
+        "o_proj": spec.hidden_size,
+        "gate_proj": spec.intermediate_size,
+        "up_proj": spec.intermediate_size,
+        "down_proj": spec.hidden_size,
+    }
+    return sizes[path.split(".")[-1]]
+
+
+LINEAR_PATHS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
@@ -192,10 +212,10 @@ _PATHS = {
 }
 
 
-_NORMS = ("input_norm", "attention_output_norm", "mlp_input_norm", "mlp_output_norm", "q_norm", "k_norm")
+NORMS = ("input_norm", "attention_output_norm", "mlp_input_norm", "mlp_output_norm", "q_norm", "k_norm")
 
 
-def _norms(layer: nn.Module) -> dict[str, nn.Module]:
+def norms_of(layer: nn.Module) -> dict[str, nn.Module]:
     """The norms that the layer has."""
     sandwich = hasattr(layer, "pre_feedforward_layernorm")  # norms before and after attention and MLP
     modules = {
@@ -209,13 +229,13 @@ def _norms(layer: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if module is not None}
 
 
-def _norm_weight(source: ModelSource, norm: nn.Module) -> torch.Tensor:
+def norm_weight(source: ModelSource, norm: nn.Module) -> torch.Tensor:
     """What a norm multiplies by, float32."""
     weight = source.tensor(norm.weight).float()
     return 1.0 + weight if isinstance(norm, Gemma3RMSNorm) else weight
 
 
-def _share_weight(lm_head: nn.Linear, table: nn.Embedding) -> bool:
+def share_weight(lm_head: nn.Linear, table: nn.Embedding) -> bool:
     """Whether the embeddings are tied. Weights on the meta device have no address."""
     if lm_head.weight.is_meta:
         return lm_head.weight is table.weight

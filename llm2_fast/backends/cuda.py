@@ -1,0 +1,183 @@
+"""The cuda backend: Triton kernels for decoders of the Llama and Gemma-3 families."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+import torch
+
+from llm2_fast.backends.backend import Backend, check_fork
+from llm2_fast.backends.cache_budget import CacheBudget
+from llm2_fast.backends.compilation import cached_specs, check_same, compiled_sources, lora_updates
+from llm2_fast.errors import ArgumentError, CacheFullError
+from llm2_fast.models.decoder import FINAL_LAYER
+from llm2_fast.models.loading import LoadedModel
+from llm2_fast.models.source import ModelSource
+from llm2_fast.models.spec import DecoderSpec
+from llm2_fast.ops import triton_needed
+from llm2_fast.results import StepOutput
+from llm2_fast.sequence import Sequence
+from llm2_fast.verifier import FullVerifier, LoraVerifier, Verifier
+from llm2_fast.verifier.full import LabelHead
+
+if TYPE_CHECKING:
+    from llm2_fast.backends.cuda_plans import CudaPlan
+    from llm2_fast.backends.cuda_steps import CudaHead
+    from llm2_fast.backends.cuda_weights import CudaWeights
+
+_SHARE = 2  # of the free memory, once the weights are there, one part in so many is for caches unless told otherwise
+
+
+class CudaBackend(Backend):
+    """Runs models of the Llama and Gemma-3 families with any verifier, in float32, float16 or bfloat16.
+
+    Without a GPU it runs models on the CPU in Triton's interpreter (`TRITON_INTERPRET=1`), for tests. A row's results
+    depend neither on its batch nor on recomputation. See `llm2_fast.backends.cuda_steps` for what a step launches.
+
+    Args:
+        model: The LLM. Its weights are copied; changes to the model afterwards have no effect.
+        verifier: System 2, or None for plain decoding.
+        kv_cache_memory_bytes: Bound on keys and values, the verifier's included; half of what is free if None.
+        always_verify: A `full` verifier scores every step, not only ambiguous ones, so no step waits for the host.
+
+    Raises:
+        ArgumentError: The model or the verifier has a part that compiled decoders lack, there is no GPU, or the bound
+            is too small for any sequence.
+        MissingDependencyError: Triton is missing.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        verifier: Verifier | None,
+        kv_cache_memory_bytes: int | None = None,
+        *,
+        always_verify: bool = False,
+    ) -> None:
+        if (reason := self.unsupported(model, verifier)) is not None:
+            raise ArgumentError("backend", "a backend for this model and verifier", f"'cuda' ({reason})")
+        with triton_needed():
+            from llm2_fast.backends import cuda_decoder, cuda_plans, cuda_weights
+        layers = (FINAL_LAYER,) if verifier is None else tuple(verifier.head_for(model).layers)
+        head = None if verifier is None else _head_on_device(model, verifier)
+        updates = lora_updates(model, verifier) if isinstance(verifier, LoraVerifier) else {}
+        weights = [cuda_weights.CudaWeights(model.source, model.device, updates)]
+        if isinstance(verifier, FullVerifier):
+            weights.append(cuda_weights.CudaWeights(verifier.source, model.device))
+        if kv_cache_memory_bytes is None and model.device.type == "cuda":
+            kv_cache_memory_bytes = torch.cuda.mem_get_info(model.device)[0] // _SHARE
+        self._budget = CacheBudget(cached_specs(model, verifier), kv_cache_memory_bytes)
+        configs = [source.config.get_text_config() for source in compiled_sources(model, verifier)]
+        self.vocab_size = min(config.vocab_size for config in configs)
+        self.max_position_embeddings = min(config.max_position_embeddings for config in configs)
+
+        def decoder(of: CudaWeights, source: ModelSource, caches: int, read: tuple[int, ...]):
+            made = cuda_decoder.CudaDecoder(of, caches * self._budget.num_blocks, self.max_position_embeddings, read)
+            with source.running() as module:
+                check_same(made.last_hidden_state, module, of.spec)
+            return made
+
+        caches = 2 if isinstance(verifier, LoraVerifier) else 1  # the adapter's is part of the LLM's
+        own_layers = (FINAL_LAYER,) if isinstance(verifier, FullVerifier) else layers
+        self._llm = decoder(weights[0], model.source, caches, own_layers)
+        self._verified = verifier is not None
+        self._plan: CudaPlan
+        if verifier is None:
+            self._plan = cuda_plans.PlainCudaPlan(self._llm)
+        elif isinstance(verifier, FullVerifier):
+            plan = cuda_plans.AlwaysCudaPlan if always_verify else cuda_plans.LazyCudaPlan
+            self._plan = plan(self._llm, head, decoder(weights[1], verifier.source, 1, layers))
+        elif isinstance(verifier, LoraVerifier):
+            self._plan = cuda_plans.JointLoraCudaPlan(self._llm, head)
+        else:
+            self._plan = cuda_plans.JointCudaPlan(self._llm, head)
+
+    @staticmethod
+    def unsupported(model: LoadedModel, verifier: Verifier | None) -> str | None:
+        """Why this backend cannot run the model and the verifier; None if it can."""
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        import triton
+
+        device = "cpu" if triton.knobs.runtime.interpret else "cuda"
+        try:
+            for source in compiled_sources(model, verifier):
+                DecoderSpec.from_model(source.skeleton)
+                if source.device.type != device:
+                    raise ArgumentError("model", f"a model on {device}", str(source.device))
+        except ArgumentError as error:
+            return str(error)
+        return None
+
+    def check_fits(self, num_tokens: int, name: str) -> None:
+        self._budget.check_fits(num_tokens, name)
+
+    def reserve(self, sequence: Sequence) -> None:
+        self._plan.check(sequence)
+        is_new = sequence.slot is None
+        try:
+            if is_new:
+                sequence.slot = self._llm.allocate()
+                self._plan.add(sequence)
+            self._make_room(sequence)
+        except CacheFullError:
+            if is_new:
+                self.free(sequence)
+            raise
+
+    def prefill(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self.reserve(sequence)
+        self._plan.release()
+        self._plan.extend(sequences)
+
+    def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
+        check_fork(child, length, verified=self._verified)
+        child.slot = self._llm.fork(parent.slot, length)
+        try:
+            self._plan.fork(parent, child)
+        except CacheFullError:
+            self.free(child)
+            raise
+
+    def free(self, sequence: Sequence) -> None:
+        slot, sequence.slot = sequence.slot, None
+        if slot is not None:
+            self._plan.release()
+            self._plan.free(slot)
+            self._llm.free(slot)
+
+    def step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        for sequence in sequences:
+            self._make_room(sequence)
+        return self._plan.step(sequences)
+
+    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
+        return self._plan.logits(sequences)
+
+    def prefix(self, sequence: Sequence) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Cached keys and values of the LLM per layer, each [num_kv_heads, cached_length, head_dim]."""
+        return self._llm.prefix(sequence.slot)
+
+    def _make_room(self, sequence: Sequence) -> None:
+        length = len(sequence) + 1  # the next token is cached with the step that chooses it
+        self._llm.reserve(sequence.slot, length)
+        self._plan.reserve(sequence, length)
+
+
+def _head_on_device(model: LoadedModel, verifier: Verifier) -> CudaHead:
+    from llm2_fast.backends.cuda_steps import CudaHead
+
+    def vector(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().float().to(model.device).contiguous()
+
+    head = verifier.head_for(model)
+    if isinstance(head, LabelHead):
+        return CudaHead(None, None, vector(head.weight).flatten(), 0.0 if head.bias is None else float(head.bias))
+    score = vector(head.score.weight).flatten()
+    if head.dense is None:
+        return CudaHead(None, None, score, 0.0)
+    return CudaHead(vector(head.dense.weight), vector(head.dense.bias), score, 0.0)

@@ -1,0 +1,327 @@
+"""The ways in which the cuda backend gets scores: plain, joint look-ahead, lazy, always."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+
+from llm2_fast.backends.cuda_decoder import CudaDecoder
+from llm2_fast.backends.cuda_steps import (
+    AlwaysStep,
+    CudaHead,
+    JointStep,
+    LazyStep,
+    PlainStep,
+    Step,
+    StepShape,
+    takes_largest,
+)
+from llm2_fast.backends.outputs import step_outputs
+from llm2_fast.errors import ArgumentError
+from llm2_fast.kernels.row_tiles import MAX_ROWS
+from llm2_fast.kernels.select_candidates import MAX_CANDIDATES
+from llm2_fast.reference import Candidates, Picked
+from llm2_fast.results import StepOutput
+from llm2_fast.sequence import Sequence
+
+_LARGEST_BATCH = 256  # of one step; more sequences are decoded in parts
+
+
+class CudaPlan(ABC):
+    """Steps of batches, and what a verifier keeps of their sequences."""
+
+    rows_per_branch = 1
+
+    def __init__(self, llm: CudaDecoder) -> None:
+        self._llm = llm
+        self._steps: dict[tuple, Step] = {}
+        self._bound: tuple[Step, list[Sequence]] | None = None
+        self._slots: dict[int, int] = {}  # LLM slot -> slot of the verifier's prefix
+
+    def step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        """Choose the next token of each sequence."""
+        return [output for part in self._parts(sequences) for output in self._step(part)]
+
+    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
+        """Logits of the next token of each sequence, float32 [B, vocab_size]. Not with a verifier."""
+        raise ArgumentError("verifier", "None, for System 1's logits", type(self).__name__)
+
+    def check(self, sequence: Sequence) -> None:
+        """Raise `ArgumentError` if a sequence's options are out of reach."""
+
+    def add(self, sequence: Sequence) -> None:
+        """A sequence was given a slot."""
+
+    def reserve(self, sequence: Sequence, length: int) -> None:
+        """Make room for `length` positions in what a verifier keeps. Raises `CacheFullError`."""
+
+    def extend(self, sequences: list[Sequence]) -> None:
+        """Compute what is missing of the sequences' tokens, the verifier's too if it needs it at every step."""
+        missing = [s for s in sequences if self._llm.lengths[s.slot] < len(s)]
+        if missing:
+            self.release()
+            self._llm.extend([s.slot for s in missing], [s.tokens_from(self._llm.lengths[s.slot]) for s in missing])
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """A slot was forked: the child's tokens begin with the parent's. Raises `CacheFullError`."""
+
+    def free(self, slot: int) -> None:
+        """A slot is about to be given back; it may not have been added yet."""
+
+    def release(self) -> None:
+        """What the next step begins with has to be computed anew."""
+        self._bound = None
+
+    @abstractmethod
+    def _make(self, shape: StepShape) -> Step: ...
+
+    @abstractmethod
+    def _step(self, sequences: list[Sequence]) -> list[StepOutput]: ...
+
+    def _parts(self, sequences: list[Sequence]) -> Iterator[list[Sequence]]:
+        """Batches whose rows fit a pass."""
+        width = max((s.config.max_candidates for s in sequences), default=1)
+        size = min(_LARGEST_BATCH, MAX_ROWS // (width * self.rows_per_branch))
+        size = 1 << (size.bit_length() - 1)
+        for first in range(0, len(sequences), size):
+            yield sequences[first : first + size]
+
+    def _bind(self, sequences: list[Sequence], shape: StepShape, key: tuple = ()) -> Step:
+        """The step of these sequences, ready to decide."""
+        self.extend(sequences)
+        if (step := self._steps.get((shape, *key))) is None:
+            step = self._steps[(shape, *key)] = self._make(shape, *key)
+        if self._bound != (step, sequences):
+            self._bind_slots(step, sequences)
+            self._bound = step, list(sequences)
+        return step
+
+    def _bind_slots(self, step: Step, sequences: list[Sequence]) -> None:
+        step.bind(sequences)
+
+
+class PlainCudaPlan(CudaPlan):
+    """No verifier: the pick is among the whole vocabulary."""
+
+    def _make(self, shape: StepShape, greedy: bool, drawn: bool) -> Step:
+        return PlainStep(self._llm, shape, greedy=greedy, drawn=drawn)
+
+    def _plain_step(self, sequences: list[Sequence]) -> PlainStep:
+        greedy = [takes_largest(s) for s in sequences]
+        shape = StepShape.of(sequences)._replace(max_candidates=1)
+        return self._bind(sequences, shape, (any(greedy), not all(greedy)))
+
+    def _parts(self, sequences: list[Sequence]) -> Iterator[list[Sequence]]:
+        return (sequences[first : first + _LARGEST_BATCH] for first in range(0, len(sequences), _LARGEST_BATCH))
+
+    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
+        parts = []
+        for part in self._parts(sequences):
+            shape = StepShape.of(part)._replace(max_candidates=1, penalized=False)
+            step = self._bind(part, shape, (False, True))
+            step.compute_logits()
+            parts.append(step.logits[: len(part)].cpu())
+        return torch.cat(parts)
+
+    def _step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        step = self._plain_step(sequences)
+        step.decide()
+        step.report.send()
+        step.advance()
+        report, batch = step.report.receive(), len(sequences)
+        values = {name: values[:batch] for name, values in report.items()}
+        greedy = torch.tensor([takes_largest(s) for s in sequences])
+        token = values["token"]
+        index = token.clamp(-1, 0)
+        logit = torch.where(greedy[:, None], values["logits"], values["drawn_logit"])
+        top_logprob = values["logits"][:, 0] - values["logsumexp"]
+        logprob = torch.where(greedy, top_logprob, values["drawn_logprob"])
+        zero = torch.zeros(batch, dtype=torch.bool)
+        candidates = Candidates(token[:, None], logit, index + 1, logit[:, 0] - logprob, zero)
+        picked = Picked(index, token, logprob, index, logit, zero)
+        for sequence, value in zip(sequences, token.tolist(), strict=True):
+            self._llm.lengths[sequence.slot] += value >= 0
+        return step_outputs(sequences, candidates, None, picked, [0] * batch)
+
+
+class VerifiedCudaPlan(CudaPlan):
+    """With a verifier of some kind."""
+
+    def __init__(self, llm: CudaDecoder, head: CudaHead) -> None:
+        super().__init__(llm)
+        self._head = head
+
+    def check(self, sequence: Sequence) -> None:
+        width = sequence.config.max_candidates
+        if width > MAX_CANDIDATES:
+            raise ArgumentError("max_candidates", f"at most {MAX_CANDIDATES} with the cuda backend", width)
+
+    def _outputs(
+        self, sequences: list[Sequence], report: dict[str, torch.Tensor], first: int, verifier_rows: list[int]
+    ) -> list[StepOutput]:
+        """Of a report whose scores of sequence b begin at row `first_row[first + b]`."""
+        batch = len(sequences)
+        candidates = Candidates(*(report[name][:batch] for name in Candidates._fields))
+        picked = Picked(*(report[name][:batch] for name in Picked._fields))
+        place = report["first_row"][first : first + batch, None] + torch.arange(candidates.ids.shape[1])
+        scores = report["scores"].take(place.clamp(0, len(report["scores"]) - 1))
+        return step_outputs(sequences, candidates, scores, picked, verifier_rows)
+
+
+class JointCudaPlan(VerifiedCudaPlan):
+    """`head`: one pass over all branches gives their scores and, for the chosen one, the next candidates."""
+
+    def _make(self, shape: StepShape) -> Step:
+        return JointStep(self._llm, shape, self._head, self.rows_per_branch)
+
+    def _step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        step = self._bind(sequences, StepShape.of(sequences))
+        step.decide()
+        step.report.send()
+        step.advance()
+        report = step.report.receive()
+        for sequence, index in zip(sequences, report["index"].tolist(), strict=False):
+            if index >= 0:
+                self._committed(sequence.slot)
+        first = step.shape.batch * (self.rows_per_branch - 1)
+        rows = self._verifier_rows(report["count"][: len(sequences)].tolist())
+        return self._outputs(sequences, report, first, rows)
+
+    def _committed(self, slot: int) -> None:
+        self._llm.lengths[slot] += 1
+
+    def _verifier_rows(self, counts: list[int]) -> list[int]:
+        return [count if count > 1 else 0 for count in counts]
+
+
+class JointLoraCudaPlan(JointCudaPlan):
+    """`lora`: the same pass runs every branch a second time, with the adapter, over other slots of the same cache."""
+
+    rows_per_branch = 2
+
+    def add(self, sequence: Sequence) -> None:
+        self._slots[sequence.slot] = self._llm.allocate(adapted=True)
+
+    def reserve(self, sequence: Sequence, length: int) -> None:
+        self._llm.reserve(self._slots[sequence.slot], length)
+
+    def extend(self, sequences: list[Sequence]) -> None:
+        pairs = [(slot, s) for s in sequences for slot in (s.slot, self._slots[s.slot])]
+        missing = [(slot, s.tokens_from(self._llm.lengths[slot])) for slot, s in pairs]
+        missing = [(slot, tokens) for slot, tokens in missing if tokens]
+        if missing:
+            self.release()
+            self._llm.extend(*zip(*missing, strict=True))
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        self._slots[child.slot] = self._llm.fork(self._slots[parent.slot])
+
+    def free(self, slot: int) -> None:
+        if slot in self._slots:
+            self._llm.free(self._slots.pop(slot))
+
+    def _bind_slots(self, step: JointStep, sequences: list[Sequence]) -> None:
+        step.bind(sequences)
+        step.bind_twins([self._slots[s.slot] for s in sequences])
+
+    def _committed(self, slot: int) -> None:
+        super()._committed(slot)
+        self._llm.lengths[self._slots[slot]] += 1
+
+    def _verifier_rows(self, counts: list[int]) -> list[int]:
+        return counts  # an unambiguous step's row extends the adapter's cache
+
+
+class FullCudaPlan(VerifiedCudaPlan):
+    """`full`: a network of its own, with slots of its own."""
+
+    def __init__(self, llm: CudaDecoder, head: CudaHead, verifier: CudaDecoder) -> None:
+        super().__init__(llm, head)
+        self.verifier = verifier
+
+    def add(self, sequence: Sequence) -> None:
+        self._slots[sequence.slot] = self.verifier.allocate()
+
+    def reserve(self, sequence: Sequence, length: int) -> None:
+        self.verifier.reserve(self._slots[sequence.slot], length)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        self._catch_up([parent])  # once for all forks
+        self._slots[child.slot] = self.verifier.fork(self._slots[parent.slot])
+
+    def free(self, slot: int) -> None:
+        if slot in self._slots:
+            self.verifier.free(self._slots.pop(slot))
+
+    def _skipped(self, sequence: Sequence) -> list[int]:
+        """Tokens that the verifier has not seen yet."""
+        return sequence.tokens_from(self.verifier.lengths[self._slots[sequence.slot]])
+
+    def _catch_up(self, sequences: list[Sequence]) -> None:
+        missing = [(self._slots[s.slot], tokens) for s in sequences if (tokens := self._skipped(s))]
+        if missing:
+            self.verifier.extend(*zip(*missing, strict=True))
+
+    def _advanced(self, sequences: list[Sequence], report: dict[str, torch.Tensor], verified: list[bool]) -> None:
+        """The LLM has run over the picked tokens; the verifier has kept those of `verified` sequences."""
+        for sequence, index, kept in zip(sequences, report["index"].tolist(), verified, strict=False):
+            self._llm.lengths[sequence.slot] += index >= 0
+            self.verifier.lengths[self._slots[sequence.slot]] += index >= 0 and kept
+
+
+class AlwaysCudaPlan(FullCudaPlan):
+    """Every step is verified, and no step waits to know whether it has to be."""
+
+    def _make(self, shape: StepShape) -> Step:
+        return AlwaysStep(self._llm, shape, self._head, self.verifier)
+
+    def extend(self, sequences: list[Sequence]) -> None:
+        super().extend(sequences)
+        if any(self._skipped(s) for s in sequences):
+            self.release()
+            self._catch_up(sequences)
+
+    def _bind_slots(self, step: AlwaysStep, sequences: list[Sequence]) -> None:
+        step.bind(sequences)
+        step.bind_verifier([self._slots[s.slot] for s in sequences])
+
+    def _step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        step = self._bind(sequences, StepShape.of(sequences))
+        step.decide()
+        step.report.send()
+        step.advance()
+        report = step.report.receive()
+        self._advanced(sequences, report, [True] * len(sequences))
+        return self._outputs(sequences, report, 0, report["count"][: len(sequences)].tolist())
+
+
+class LazyCudaPlan(FullCudaPlan):
+    """The verifier runs at ambiguous steps only and catches up on what it skipped."""
+
+    rows_per_branch = 3  # candidates, and skipped tokens that ride along
+
+    def _make(self, shape: StepShape) -> Step:
+        return LazyStep(self._llm, shape, self._head, self.verifier)
+
+    def _step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        step = self._bind(sequences, StepShape.of(sequences))
+        report, batch = step.report.receive(), len(sequences)
+        counts = report["count"][:batch].tolist()
+        ambiguous = [count > 1 for count in counts]
+        skipped = [self._skipped(s) for s in sequences]
+        if any(ambiguous):
+            ids = [row[:count] if count > 1 else [] for row, count in zip(report["ids"].tolist(), counts, strict=False)]
+            step.score([self._slots[s.slot] for s in sequences], skipped, ids)
+        step.decide()
+        step.report.send()
+        if any(ambiguous):
+            step.keep_winners()
+        step.advance()
+        report = step.report.receive()
+        self._advanced(sequences, report, ambiguous)
+        rows = [len(skipped[b]) + counts[b] if ambiguous[b] else 0 for b in range(batch)]
+        outputs = self._outputs(sequences, report, 0, rows)
+        step.report.send()  # the next candidates
+        return outputs

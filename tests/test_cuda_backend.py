@@ -1,0 +1,193 @@
+"""The cuda backend in Triton's interpreter against the reference: small models, few tokens, one path each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import llm2_fast
+import tiny
+from llm2_fast import ArgumentError, GenerationConfig
+from llm2_fast.backends.cuda import CudaBackend
+from llm2_fast.models.loading import LoadedModel
+from llm2_fast.sequence import Sequence
+from llm2_fast.verifier import LoraVerifier
+from margins import clear_candidates
+from tolerances import TOLERANCES
+from triton_device import INTERPRETED
+from verifiers import full_case, head_verifier, lora_case
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="the models of these tests are on the CPU"),
+    pytest.mark.filterwarnings("ignore:llm2_fast. this lora verifier:UserWarning"),
+]
+
+SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 16}
+PROMPTS = [[5, 6, 7, 8, 9, 10], [3]]
+MEMORY = 1 << 20
+
+
+def make(family: str, kind: str | None):
+    """A model of two layers and a verifier of a kind; of Gemma-3 a layer of each type."""
+    types = {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3" else {}
+    model = tiny.causal_lm(family, **SHAPE, **types)
+    if kind == "head":
+        return model, head_verifier(model)
+    if kind == "lora":
+        return model, lora_case(model).verifier
+    if kind in ("full", "always"):
+        classifier = tiny.classifier("llama", **SHAPE | {"num_hidden_layers": 1})
+        return model, full_case(model, classifier).verifier
+    return model, None
+
+
+def load(model, verifier, kind=None, backend="cuda", max_batch_size=2):
+    memory = MEMORY if backend == "cuda" else None
+    engine = llm2_fast.load(
+        model, verifier, backend=backend, max_batch_size=max_batch_size, kv_cache_memory_bytes=memory
+    )
+    if kind == "always":
+        engine._backend = CudaBackend(LoadedModel(model, None, "tiny"), verifier, MEMORY, always_verify=True)
+    return engine
+
+
+def config(**options):
+    return GenerationConfig(
+        **{"max_new_tokens": 3, "ignore_eos": True, "max_candidates": 4, "trace": True, "alpha": 0.11, **options}
+    )
+
+
+def assert_same(results, expected, verifier=None, kind=None):
+    for result, reference in zip(results, expected, strict=True):
+        stats, others = result.stats, reference.stats
+        assert stats.candidate_histogram == others.candidate_histogram
+        assert (stats.interventions, stats.cut_steps) == (others.interventions, others.cut_steps)
+        if isinstance(verifier, LoraVerifier) or kind == "always":  # every branch is scored
+            assert stats.verifier_rows == sum(n * steps for n, steps in stats.candidate_histogram.items())
+        else:
+            assert stats.verifier_rows == others.verifier_rows
+        for sample, other in zip(result.samples, reference.samples, strict=True):
+            assert sample.token_ids == other.token_ids
+            tolerance = TOLERANCES["decoder.logits", torch.float32]
+            torch.testing.assert_close(sample.logprobs, other.logprobs, **tolerance)
+            for step, other_step in zip(sample.trace, other.trace, strict=True):
+                assert step.candidate_ids == other_step.candidate_ids
+                assert (step.token_id, step.system1_token_id) == (other_step.token_id, other_step.system1_token_id)
+                torch.testing.assert_close(step.logprobs, other_step.logprobs, **tolerance)
+                torch.testing.assert_close(step.adjusted_logits, other_step.adjusted_logits, **tolerance)
+                assert (step.scores is None) == (other_step.scores is None)
+                if step.scores is not None:
+                    tolerance_of_scores = TOLERANCES["verifier.score", torch.float32]
+                    torch.testing.assert_close(step.scores, other_step.scores, **tolerance_of_scores)
+
+
+PROCESSORS = {**tiny.PROCESSORS, "max_candidates": 3}
+CASES = [
+    ("llama", None, {}),
+    ("qwen2", None, PROCESSORS),
+    ("gemma3", "head", {}),
+    ("qwen3", "head", {"temperature": 1.0, "n": 3, "max_new_tokens": 2}),
+    ("llama", "head", PROCESSORS),
+    ("llama", "lora", {}),
+    ("llama", "full", {}),
+    ("llama", "always", {}),
+]
+
+
+@pytest.mark.parametrize(("family", "kind", "options"), CASES, ids=lambda value: str(value)[:24])
+def test_tokens_equal_the_reference(family, kind, options):
+    model, verifier = make(family, kind)
+    with clear_candidates():
+        expected = load(model, verifier, backend="reference").generate(PROMPTS, config(**options))
+    assert_same(load(model, verifier, kind).generate(PROMPTS, config(**options)), expected, verifier, kind)
+
+
+def everything(results):
+    return [
+        (sample.token_ids, sample.logprobs, [(step.scores, step.logprobs) for step in sample.trace])
+        for result in results
+        for sample in result.samples
+    ]
+
+
+def test_bits_depend_neither_on_the_batch_nor_on_recomputation():
+    model, verifier = make("llama", "head")
+    engine = load(model, verifier)
+    together = everything(engine.generate(PROMPTS, config()))
+    assert everything(engine.generate([PROMPTS[1]], config(), request_ids=[1])) == together[1:]
+    backend = engine._backend
+    sequence = Sequence(0, 0, config(), PROMPTS[0])
+    backend.prefill([sequence])
+    for token in together[0][0][:2]:
+        (output,) = backend.step([sequence])
+        assert output.token_id == token
+        sequence.token_ids.append(token)
+    cached = [tuple(x.clone() for x in layer) for layer in backend.prefix(sequence)]
+    backend.free(sequence)  # as when it is preempted
+    backend.prefill([sequence])
+    for layer, again in zip(cached, backend.prefix(sequence), strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(layer, again, strict=True))
+    (output,) = backend.step([sequence])
+    assert (output.token_id, output.logprob) == (together[0][0][2], together[0][1][2])
+
+
+class OnlyInPlace(TorchDispatchMode):
+    """Refuses ops that allocate or wait for the device."""
+
+    ALLOWED = ("copy_", "fill_", "add_", "clamp_", "scatter_")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        packet, overload = str(func).split(".")[1:]
+        is_view = func._schema.returns and any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        assert overload.endswith("out") or packet in self.ALLOWED or is_view, f"{func} allocates or waits"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [None, "head", "lora", "always"])
+def test_a_step_neither_allocates_nor_waits(kind, monkeypatch):
+    from triton.runtime.interpreter import GridExecutor
+
+    model, verifier = make("llama", kind)
+    backend = load(model, verifier, kind)._backend
+    options = config(repetition_penalty=1.2, temperature=0.7, max_candidates=2)
+    sequences = [Sequence(0, 0, options, [5, 6])]
+    backend.prefill(sequences)
+    for sequence in sequences:
+        backend._make_room(sequence)
+    backend._plan.step(sequences)
+    step, _ = backend._plan._bound
+    launch = GridExecutor.__call__
+
+    def outside(self, *args, **kwargs):  # the interpreter allocates, a GPU does not
+        with _disable_current_modes():
+            return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", outside)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("waits for the device"))
+    with OnlyInPlace():
+        step.decide()
+        step.advance()
+
+
+def test_logits_and_forks():
+    model, _ = make("llama", None)
+    backend = load(model, None)._backend
+    parent = Sequence(0, 0, config(), [5, 6, 7])
+    backend.prefill([parent])
+    child = Sequence(0, 1, config(), [5, 6, 9])
+    backend.fork(parent, child, 2)
+    backend.reserve(child)
+    logits = backend.logits([parent, child])
+    expected = torch.stack([model(torch.tensor([s.tokens_from(0)])).logits[0, -1] for s in (parent, child)])
+    torch.testing.assert_close(logits, expected.detach(), **TOLERANCES["decoder.logits", torch.float32])
+
+
+def test_refusals():
+    model = tiny.causal_lm("gpt2")
+    with pytest.raises(ArgumentError, match="backend: expected .* 'cuda' .*GPT2Model"):
+        llm2_fast.load(model, backend="cuda")
+    with pytest.raises(ArgumentError, match="quantization: expected None with backend 'cuda'"):
+        llm2_fast.load(model, backend="cuda", quantization="int8")
+    with pytest.raises(ArgumentError, match="cache_packed: expected False"):
+        llm2_fast.load("no such model", backend="cuda", cache_packed=True)
