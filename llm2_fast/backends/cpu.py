@@ -10,12 +10,11 @@ import torch
 from torch.utils.dlpack import to_dlpack
 
 from llm2_fast import ops
-from llm2_fast.backends.backend import Backend, check_fork
-from llm2_fast.backends.cache_budget import CacheBudget
 from llm2_fast.backends.cached_decoder import CachedDecoder
-from llm2_fast.backends.compilation import cached_specs, compiled_sources, lora_updates
+from llm2_fast.backends.compilation import compiled_sources, lora_updates
+from llm2_fast.backends.compiled_backend import CompiledBackend
 from llm2_fast.backends.cpu_plans import CpuPlan, JointCpuPlan, JointLoraCpuPlan, LazyCpuPlan, PlainCpuPlan
-from llm2_fast.errors import ArgumentError, CacheFullError
+from llm2_fast.errors import ArgumentError
 from llm2_fast.models.checkpoint import CheckpointSource
 from llm2_fast.models.decoder import FINAL_LAYER
 from llm2_fast.models.loading import LoadedModel
@@ -24,7 +23,6 @@ from llm2_fast.models.quantization import Quantization
 from llm2_fast.models.source import ModelSource
 from llm2_fast.models.spec import DecoderSpec
 from llm2_fast.models.weights import LoraUpdate, PackedWeights
-from llm2_fast.results import StepOutput
 from llm2_fast.sequence import Sequence
 from llm2_fast.verifier import FullVerifier, HeadVerifier, LoraVerifier, Verifier
 from llm2_fast.verifier.full import LabelHead
@@ -32,7 +30,7 @@ from llm2_fast.verifier.full import LabelHead
 _DTYPES = ("float32", "bfloat16")
 
 
-class CpuBackend(Backend):
+class CpuBackend(CompiledBackend):
     """Runs models of the Llama and Gemma-3 families with any verifier, a step per call of the C++ extension.
 
     A row's results are bitwise the same alone, in any batch, with any number of threads and after recomputation.
@@ -67,15 +65,10 @@ class CpuBackend(Backend):
         extension = ops.cpu_extension()
         head = _pack_head(extension, model, verifier)  # first, since it may not fit the model
         updates = lora_updates(model, verifier) if isinstance(verifier, LoraVerifier) else {}
-        self._budget = CacheBudget(cached_specs(model, verifier), kv_cache_memory_bytes)
+        super().__init__(model, verifier, kv_cache_memory_bytes)
         compiler = _Compiler(extension, self._budget.num_blocks, cache_packed, quantization)
         self._llm = compiler.compile(model.source, updates)
         self._plan = _make_plan(compiler, self._llm, head, verifier)
-        configs = [model.config.get_text_config()]
-        if isinstance(verifier, FullVerifier):
-            configs.append(verifier.source.config.get_text_config())
-        self.vocab_size = min(config.vocab_size for config in configs)
-        self.max_position_embeddings = min(config.max_position_embeddings for config in configs)
 
     @staticmethod
     def unsupported(model: LoadedModel, verifier: Verifier | None) -> str | None:
@@ -93,59 +86,12 @@ class CpuBackend(Backend):
             return str(error)
         return None
 
-    def check_fits(self, num_tokens: int, name: str) -> None:
-        self._budget.check_fits(num_tokens, name)
-
-    def reserve(self, sequence: Sequence) -> None:
-        is_new = sequence.slot is None
-        if is_new:
-            sequence.slot = self._llm.allocate()
-            self._plan.add(sequence)
-        try:
-            self._make_room(sequence)
-        except CacheFullError:
-            if is_new:
-                self.free(sequence)
-            raise
-
     def prefill(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
             self.reserve(sequence)
         slots = [s.slot for s in sequences]
         self._llm.extend(slots, [s.tokens_from(self._llm.lengths[s.slot]) for s in sequences])
         self._plan.prefill(sequences)
-
-    def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
-        check_fork(child, length, verified=not isinstance(self._plan, PlainCpuPlan))
-        child.slot = self._llm.fork(parent.slot, length)
-        try:
-            self._plan.fork(parent, child)
-        except CacheFullError:
-            self.free(child)
-            raise
-
-    def free(self, sequence: Sequence) -> None:
-        slot, sequence.slot = sequence.slot, None
-        if slot is not None:
-            self._plan.free(slot)
-            self._llm.free(slot)
-
-    def step(self, sequences: list[Sequence]) -> list[StepOutput]:
-        for sequence in sequences:
-            self._make_room(sequence)
-        return self._plan.step(sequences)
-
-    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
-        return self._plan.logits(sequences)
-
-    def prefix(self, sequence: Sequence) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Cached keys and values of the LLM per layer, each [num_kv_heads, cached_length, head_dim]."""
-        return self._llm.prefix(sequence.slot)
-
-    def _make_room(self, sequence: Sequence) -> None:
-        length = len(sequence) + 1  # the next token may be cached with the step that chooses it
-        self._llm.reserve(sequence.slot, length)
-        self._plan.reserve(sequence, length)
 
 
 def _make_plan(compiler: _Compiler, llm: CachedDecoder, head: Any, verifier: Verifier | None) -> CpuPlan:

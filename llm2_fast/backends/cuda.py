@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llm2_fast.backends.backend import Backend, check_fork
-from llm2_fast.backends.cache_budget import CacheBudget
-from llm2_fast.backends.compilation import cached_specs, check_same, compiled_sources, lora_updates
-from llm2_fast.errors import ArgumentError, CacheFullError
+from llm2_fast.backends.compilation import check_same, compiled_sources, lora_updates
+from llm2_fast.backends.compiled_backend import CompiledBackend
+from llm2_fast.errors import ArgumentError
 from llm2_fast.models.decoder import FINAL_LAYER
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.models.source import ModelSource
 from llm2_fast.models.spec import DecoderSpec
 from llm2_fast.ops import triton_needed
-from llm2_fast.results import StepOutput
 from llm2_fast.sequence import Sequence
 from llm2_fast.verifier import FullVerifier, LoraVerifier, Verifier
 from llm2_fast.verifier.full import LabelHead
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 _SHARE = 2  # of the free memory, once the weights are there, one part in so many is for caches unless told otherwise
 
 
-class CudaBackend(Backend):
+class CudaBackend(CompiledBackend):
     """Runs models of the Llama and Gemma-3 families with any verifier, in float32, float16 or bfloat16.
 
     Without a GPU it runs models on the CPU in Triton's interpreter (`TRITON_INTERPRET=1`), for tests. A row's results
@@ -69,10 +67,7 @@ class CudaBackend(Backend):
             weights.append(cuda_weights.CudaWeights(verifier.source, model.device))
         if kv_cache_memory_bytes is None and model.device.type == "cuda":
             kv_cache_memory_bytes = torch.cuda.mem_get_info(model.device)[0] // _SHARE
-        self._budget = CacheBudget(cached_specs(model, verifier), kv_cache_memory_bytes)
-        configs = [source.config.get_text_config() for source in compiled_sources(model, verifier)]
-        self.vocab_size = min(config.vocab_size for config in configs)
-        self.max_position_embeddings = min(config.max_position_embeddings for config in configs)
+        super().__init__(model, verifier, kv_cache_memory_bytes)
 
         def decoder(of: CudaWeights, source: ModelSource, caches: int, read: tuple[int, ...]):
             made = cuda_decoder.CudaDecoder(of, caches * self._budget.num_blocks, self.max_position_embeddings, read)
@@ -83,7 +78,6 @@ class CudaBackend(Backend):
         caches = 2 if isinstance(verifier, LoraVerifier) else 1  # the adapter's is part of the LLM's
         own_layers = (FINAL_LAYER,) if isinstance(verifier, FullVerifier) else layers
         self._llm = decoder(weights[0], model.source, caches, own_layers)
-        self._verified = verifier is not None
         self._plan: CudaPlan
         if verifier is None:
             self._plan = cuda_plans.PlainCudaPlan(self._llm)
@@ -112,21 +106,9 @@ class CudaBackend(Backend):
             return str(error)
         return None
 
-    def check_fits(self, num_tokens: int, name: str) -> None:
-        self._budget.check_fits(num_tokens, name)
-
     def reserve(self, sequence: Sequence) -> None:
         self._plan.check(sequence)
-        is_new = sequence.slot is None
-        try:
-            if is_new:
-                sequence.slot = self._llm.allocate()
-                self._plan.add(sequence)
-            self._make_room(sequence)
-        except CacheFullError:
-            if is_new:
-                self.free(sequence)
-            raise
+        super().reserve(sequence)
 
     def prefill(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -134,38 +116,10 @@ class CudaBackend(Backend):
         self._plan.release()
         self._plan.extend(sequences)
 
-    def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
-        check_fork(child, length, verified=self._verified)
-        child.slot = self._llm.fork(parent.slot, length)
-        try:
-            self._plan.fork(parent, child)
-        except CacheFullError:
-            self.free(child)
-            raise
-
     def free(self, sequence: Sequence) -> None:
-        slot, sequence.slot = sequence.slot, None
-        if slot is not None:
+        if sequence.slot is not None:
             self._plan.release()
-            self._plan.free(slot)
-            self._llm.free(slot)
-
-    def step(self, sequences: list[Sequence]) -> list[StepOutput]:
-        for sequence in sequences:
-            self._make_room(sequence)
-        return self._plan.step(sequences)
-
-    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
-        return self._plan.logits(sequences)
-
-    def prefix(self, sequence: Sequence) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Cached keys and values of the LLM per layer, each [num_kv_heads, cached_length, head_dim]."""
-        return self._llm.prefix(sequence.slot)
-
-    def _make_room(self, sequence: Sequence) -> None:
-        length = len(sequence) + 1  # the next token is cached with the step that chooses it
-        self._llm.reserve(sequence.slot, length)
-        self._plan.reserve(sequence, length)
+        super().free(sequence)
 
 
 def _head_on_device(model: LoadedModel, verifier: Verifier) -> CudaHead:
