@@ -5,7 +5,12 @@ matrix instruction (mma.sync; Triton takes wgmma for 64 rows and more only) alon
 and the number of segments into which these are split depends on the shape of W alone: the bits of a row do not depend
 on the number of rows. Segments are summed in their order by a second kernel.
 
-Epilogue: y += bias; y += B t for the rows marked by `row_adapted` (LoRA, t = A x); activation; y += residual.
+Epilogue: y /= rms; y += bias; y += B t for the rows marked by `row_adapted` (LoRA, t = A x); activation; y += residual;
+norm_weight * y and y * y for the norm that reads it.
+
+A root-mean-square norm between two products needs no kernel: W (norm_weight * h / rms) = (W (norm_weight * h)) / rms.
+The product that makes h leaves norm_weight * h and sums of h * h (`WeightedRows`), the one that reads it divides.
+`tl.sum` adds in an order that depends on the shape of a program, so squares are added in pairs of neighbours.
 """
 
 from __future__ import annotations
@@ -20,11 +25,35 @@ from llm2_fast.errors import ArgumentError
 from llm2_fast.kernels.activation import GATED, gated
 from llm2_fast.kernels.arguments import FLOATS, check_ndim, check_num_rows, check_output, check_range, check_tensor
 from llm2_fast.kernels.dot import dot
+from llm2_fast.kernels.rms_norm import inverse_rms
 from llm2_fast.kernels.row_count import row_count
 
 _SEGMENT = 256  # the input features of a segment are a multiple of it, and it is one of every depth
 _PROGRAMS = 128  # keep the GPU busy
 _MAX_SEGMENTS = 8
+_MAX_SQUARES = 256  # sums of squares of a row
+
+
+class WeightedRows(NamedTuple):
+    """Rows h on their way through a norm: weighted, not yet divided by the root of their mean square."""
+
+    values: torch.Tensor  # [R, size], norm_weight * h
+    squares: torch.Tensor  # float32 [R, _num_squares(size)], sums of h * h over as many features each
+
+    @classmethod
+    def empty(cls, rows: int, size: int, dtype: torch.dtype, device: torch.device) -> WeightedRows:
+        """For `rows` rows."""
+        values = torch.empty(rows, size, dtype=dtype, device=device)
+        return cls(values, torch.empty(rows, _num_squares(size), dtype=torch.float32, device=device))
+
+
+def _squares_size(size: int) -> int:
+    """Features of one sum of squares: 16, as a program has at least, if rows are not too long."""
+    return max(16, triton.next_power_of_2(size) // _MAX_SQUARES)
+
+
+def _num_squares(size: int) -> int:
+    return triton.cdiv(size, _squares_size(size))
 
 
 class _Tiling(NamedTuple):
@@ -37,12 +66,14 @@ class _Tiling(NamedTuple):
     num_stages: int
 
     @classmethod
-    def of(cls, rows: int, weight_rows: int, dtype: torch.dtype) -> _Tiling:
+    def of(cls, rows: int, weight_rows: int, dtype: torch.dtype, least_features: int) -> _Tiling:
         if dtype == torch.float32:  # no matrix units: every product takes registers
-            return cls(rows=16, features=32, depth=32, num_warps=4, num_stages=2)
+            return cls(rows=16, features=max(32, least_features), depth=32, num_warps=4, num_stages=2)
         # At most 32 rows: from 64 on Triton would take another matrix instruction.
         tile_rows, features = (16, 32) if rows <= 16 else (32, 64) if rows <= 64 else (32, 128)
-        while features > 16 and triton.cdiv(weight_rows, features) * triton.cdiv(rows, tile_rows) < _PROGRAMS:
+        features = max(features, least_features)
+        row_tiles = triton.cdiv(rows, tile_rows)
+        while features > least_features and triton.cdiv(weight_rows, features) * row_tiles < _PROGRAMS:
             features //= 2
         # Programs with few rows live on the bytes they have in flight.
         depth = 64 if rows > 16 else 128 if features > 16 else 256
@@ -77,12 +108,58 @@ def _weight_rows(tile, out_features, FEATURES: tl.constexpr, IS_GATED: tl.conste
 
 
 @triton.jit
+def _sum_of_neighbours(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr):
+    """[ROWS, SUMS] of [ROWS, COLUMNS]: neighbours are added until so many columns are left; powers of two."""
+    for level in tl.static_range(16):
+        if COLUMNS >> level > SUMS:
+            left, right = tl.split(tl.reshape(x, (ROWS, COLUMNS >> (level + 1), 2)))
+            x = left + right
+    return x
+
+
+@triton.jit
+def load_squares(squares, rows, in_rows, NUM_SQUARES: tl.constexpr):
+    """Those of `WeightedRows`, [ROWS, next power of two]."""
+    at = tl.arange(0, triton.next_power_of_2(NUM_SQUARES))
+    inside = in_rows[:, None] & (at < NUM_SQUARES)[None, :]
+    return tl.load(squares + rows[:, None] * NUM_SQUARES + at[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def divided_by_rms(y, squares, eps, SIZE: tl.constexpr):
+    """y [ROWS, FEATURES] / sqrt(mean square + eps) of rows of SIZE features."""
+    total = _sum_of_neighbours(squares, squares.shape[0], squares.shape[1], 1)
+    return y * inverse_rms(total, SIZE, eps)
+
+
+@triton.jit
+def _store_weighted(
+    h, tile, rows, in_rows, features, in_features, norm_weight, values, squares, out_features,
+    NUM_SQUARES: tl.constexpr, SQUARES_SIZE: tl.constexpr,
+):  # fmt: skip
+    """To `WeightedRows`."""
+    weight = tl.load(norm_weight + features, mask=in_features, other=0.0).to(tl.float32)
+    at = rows[:, None] * out_features + features[None, :]
+    inside = in_rows[:, None] & in_features[None, :]
+    tl.store(values + at, (h * weight[None, :]).to(values.dtype.element_ty), mask=inside)
+    SUMS: tl.constexpr = h.shape[1] // SQUARES_SIZE
+    # Not h * h, which a compiler may round once or twice, as the shape of the program has it.
+    sums = _sum_of_neighbours(tl.fma(h, h, tl.zeros_like(h)), h.shape[0], h.shape[1], SUMS)
+    column = tile * SUMS + tl.arange(0, SUMS)
+    inside = in_rows[:, None] & (column < NUM_SQUARES)[None, :]
+    tl.store(squares + rows[:, None] * NUM_SQUARES + column[None, :], sums, mask=inside)
+
+
+@triton.jit
 def _finish(
-    y, tile, rows, in_rows, weight_rows, in_weight, bias, lora_hidden, lora_b, row_adapted, residual, output,
-    out_features, rank, lora_row, lora_b_row, residual_row,
-    ACTIVATION: tl.constexpr, FEATURES: tl.constexpr, RANKS: tl.constexpr,
+    y, y_squares, tile, rows, in_rows, weight_rows, in_weight, eps, bias, lora_hidden, lora_b, row_adapted, residual,
+    output, norm_weight, values, squares, out_features, rank, lora_row, lora_b_row, residual_row,
+    IN_FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, FEATURES: tl.constexpr, RANKS: tl.constexpr,
+    NUM_SQUARES: tl.constexpr, SQUARES_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Epilogue of a tile and its store."""
+    if y_squares is not None:
+        y = divided_by_rms(y, y_squares, eps, IN_FEATURES)
     if bias is not None:
         y += tl.load(bias + weight_rows, mask=in_weight, other=0.0).to(tl.float32)[None, :]
     if lora_hidden is not None:
@@ -104,15 +181,22 @@ def _finish(
     if residual is not None:
         y += tl.load(residual + rows[:, None] * residual_row + features[None, :], mask=inside, other=0.0).to(tl.float32)
     at = rows[:, None] * out_features + features[None, :]
-    tl.store(output + at, y.to(output.dtype.element_ty), mask=inside)
+    stored = y.to(output.dtype.element_ty)
+    tl.store(output + at, stored, mask=inside)
+    if norm_weight is not None:
+        _store_weighted(
+            stored.to(tl.float32), tile, rows, in_rows, features, features < out_features, norm_weight, values, squares,
+            out_features, NUM_SQUARES, SQUARES_SIZE,
+        )  # fmt: skip
 
 
 @triton.jit
 def _linear_kernel(
-    x, weight, bias, lora_hidden, lora_b, row_adapted, residual, num_rows, output, partial,
-    max_rows, out_features, rank, x_row, weight_row, lora_row, lora_b_row, residual_row,
+    x, weight, x_squares, eps, bias, lora_hidden, lora_b, row_adapted, residual, output, norm_weight, values, squares,
+    num_rows, partial, max_rows, out_features, rank, x_row, weight_row, lora_row, lora_b_row, residual_row,
     IN_FEATURES: tl.constexpr, SEGMENT: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
-    FEATURES: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr,
+    FEATURES: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr, NUM_X_SQUARES: tl.constexpr,
+    NUM_SQUARES: tl.constexpr, SQUARES_SIZE: tl.constexpr,
 ):  # fmt: skip
     tile, segment = tl.program_id(1), tl.program_id(2)
     count = row_count(max_rows, num_rows)
@@ -121,6 +205,9 @@ def _linear_kernel(
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     in_rows = rows < count
     weight_rows, in_weight = _weight_rows(tile, out_features, FEATURES, ACTIVATION is not None)
+    y_squares = None
+    if partial is None and x_squares is not None:
+        y_squares = load_squares(x_squares, rows, in_rows, NUM_X_SQUARES)  # before the loop, to hide the latency
     begin = segment * SEGMENT
     y = accumulate(
         x, weight, rows, in_rows, weight_rows, in_weight, begin, tl.minimum(begin + SEGMENT, IN_FEATURES),
@@ -128,8 +215,9 @@ def _linear_kernel(
     )  # fmt: skip
     if partial is None:
         _finish(
-            y, tile, rows, in_rows, weight_rows, in_weight, bias, lora_hidden, lora_b, row_adapted, residual, output,
-            out_features, rank, lora_row, lora_b_row, residual_row, ACTIVATION, FEATURES, RANKS,
+            y, y_squares, tile, rows, in_rows, weight_rows, in_weight, eps, bias, lora_hidden, lora_b, row_adapted,
+            residual, output, norm_weight, values, squares, out_features, rank, lora_row, lora_b_row, residual_row,
+            IN_FEATURES, ACTIVATION, FEATURES, RANKS, NUM_SQUARES, SQUARES_SIZE,
         )  # fmt: skip
     else:
         num_weight_rows = out_features if ACTIVATION is None else 2 * out_features
@@ -139,9 +227,11 @@ def _linear_kernel(
 
 @triton.jit
 def _sum_kernel(
-    partial, bias, lora_hidden, lora_b, row_adapted, residual, num_rows, output,
-    max_rows, out_features, rank, lora_row, lora_b_row, residual_row,
-    SEGMENTS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, RANKS: tl.constexpr,
+    x_squares, eps, bias, lora_hidden, lora_b, row_adapted, residual, output, norm_weight, values, squares,
+    num_rows, partial, max_rows, out_features, rank, lora_row, lora_b_row, residual_row,
+    IN_FEATURES: tl.constexpr, SEGMENTS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
+    FEATURES: tl.constexpr, RANKS: tl.constexpr, NUM_X_SQUARES: tl.constexpr, NUM_SQUARES: tl.constexpr,
+    SQUARES_SIZE: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(1)
     count = row_count(max_rows, num_rows)
@@ -156,9 +246,12 @@ def _sum_kernel(
         at = (segment * max_rows + rows) * num_weight_rows
         inside = in_rows[:, None] & in_weight[None, :]
         y += tl.load(partial + at[:, None] + weight_rows[None, :], mask=inside, other=0.0)
+    y_squares = load_squares(x_squares, rows, in_rows, NUM_X_SQUARES) if x_squares is not None else None
     _finish(
-        y, tile, rows, in_rows, weight_rows, in_weight, bias, lora_hidden, lora_b, row_adapted, residual, output,
-        out_features, rank, lora_row, lora_b_row, residual_row, ACTIVATION, FEATURES, RANKS,
+        y, y_squares, tile, rows, in_rows, weight_rows, in_weight, eps,
+        bias, lora_hidden, lora_b, row_adapted, residual, output, norm_weight, values, squares,
+        out_features, rank, lora_row, lora_b_row, residual_row,
+        IN_FEATURES, ACTIVATION, FEATURES, RANKS, NUM_SQUARES, SQUARES_SIZE,
     )  # fmt: skip
 
 
@@ -187,8 +280,16 @@ def linear(
     output: torch.Tensor,
     partial: torch.Tensor | None,
     num_rows: torch.Tensor | None = None,
+    squares: torch.Tensor | None = None,
+    eps: float = 0.0,
+    norm_weight: torch.Tensor | None = None,
+    weighted: WeightedRows | None = None,
 ) -> None:
     """`llm2_fast.reference.linear` within rounding; a row's bits do not depend on the other rows.
+
+    Two calls make `linear(rms_norm(linear(...), norm_weight, eps), ...)`: the first with `norm_weight` and `weighted`,
+    the second with x = weighted.values and weighted.squares. What is rounded to the dtype of x is then norm_weight * h,
+    not norm_weight * h / rms; in float16 it must not overflow.
 
     Args:
         x: [R, in_features], float32, float16 or bfloat16. Here and in all matrices rows may have any stride.
@@ -202,6 +303,10 @@ def linear(
         output: [R, out_features], any of the dtypes, written.
         partial: Workspace, see `empty_partial`.
         num_rows: int32 [1]; rows from it on are not touched. None for all.
+        squares: float32, of `WeightedRows` whose values are `x`; None if x is to be multiplied as it is.
+        eps: Of the norm that divides them.
+        norm_weight: [out_features], any of the dtypes, of the norm of the output; with `weighted`, without activation.
+        weighted: Written.
 
     Raises:
         ArgumentError: An argument has the wrong shape, dtype, strides, device or value.
@@ -222,6 +327,7 @@ def linear(
     if bias is not None:
         check_tensor("bias", bias, FLOATS, (num_weight_rows,), device)
     rank = _check_lora(lora_hidden, lora_b, row_adapted, rows, num_weight_rows, dtype, device)
+    _check_weighted(norm_weight, weighted, activation, rows, out_features, device)
     if residual is not None:
         check_tensor("residual", residual, FLOATS, (rows, out_features), device)
     check_output("output", output, FLOATS, (rows, out_features), device)
@@ -231,27 +337,54 @@ def linear(
         if partial is None:
             raise ArgumentError("partial", f"a workspace for {segments} segments", None)
         check_output("partial", partial, torch.float32, (segments, rows, num_weight_rows), device)
+    if squares is not None:
+        check_output("squares", squares, torch.float32, (rows, _num_squares(in_features)), device)
     check_num_rows(num_rows, device)
     if rows == 0:
         return
-    tiling = _Tiling.of(rows, num_weight_rows, dtype)
-    epilogue = (bias, lora_hidden, lora_b, None if row_adapted is None else row_adapted.view(torch.uint8), residual)
+    size = 16 if weighted is None else _squares_size(out_features)
+    tiling = _Tiling.of(rows, num_weight_rows, dtype, size)
+    row_adapted = None if row_adapted is None else row_adapted.view(torch.uint8)
+    shared = (
+        squares, eps, bias, lora_hidden, lora_b, row_adapted, residual, output, norm_weight,
+        *(weighted or (None, None)), num_rows, partial if segments > 1 else None, rows, out_features, rank,
+    )  # fmt: skip
     lora_strides = (0, 0) if lora_hidden is None else (lora_hidden.stride(0), lora_b.stride(0))
     strides = (*lora_strides, 0 if residual is None else residual.stride(0))
     ranks = max(16, triton.next_power_of_2(rank))
     row_tiles, feature_tiles = triton.cdiv(rows, tiling.rows), triton.cdiv(num_weight_rows, tiling.features)
+    shapes = {
+        "IN_FEATURES": in_features, "ACTIVATION": activation, "RANKS": ranks,
+        "NUM_X_SQUARES": _num_squares(in_features), "NUM_SQUARES": _num_squares(out_features), "SQUARES_SIZE": size,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
     _linear_kernel[(row_tiles, feature_tiles, segments)](
-        x, weight, *epilogue, num_rows, output, partial if segments > 1 else None,
-        rows, out_features, rank, x.stride(0), weight.stride(0), *strides,
-        IN_FEATURES=in_features, SEGMENT=segment, ACTIVATION=activation, ROWS=tiling.rows, FEATURES=tiling.features,
-        DEPTH=tiling.depth, RANKS=ranks, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
-        enable_fp_fusion=True,
+        x, weight, *shared, x.stride(0), weight.stride(0), *strides, SEGMENT=segment, ROWS=tiling.rows,
+        FEATURES=tiling.features, DEPTH=tiling.depth, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        **shapes,
     )  # fmt: skip
     if segments > 1:
-        _sum_kernel[(triton.cdiv(rows, 16), triton.cdiv(num_weight_rows, 32))](
-            partial, *epilogue, num_rows, output, rows, out_features, rank, *strides,
-            SEGMENTS=segments, ACTIVATION=activation, ROWS=16, FEATURES=32, RANKS=ranks, enable_fp_fusion=True,
-        )  # fmt: skip
+        features = max(32, size)
+        _sum_kernel[(triton.cdiv(rows, 16), triton.cdiv(num_weight_rows, features))](
+            *shared, *strides, SEGMENTS=segments, ROWS=16, FEATURES=features, **shapes
+        )
+
+
+def _check_weighted(
+    norm_weight: torch.Tensor | None,
+    weighted: WeightedRows | None,
+    activation: str | None,
+    rows: int,
+    out_features: int,
+    device: torch.device,
+) -> None:
+    if (norm_weight is None) != (weighted is None) or (norm_weight is not None and activation is not None):
+        raise ArgumentError("norm_weight and weighted", "both or none, and none with an activation", "something else")
+    if weighted is None:
+        return
+    check_tensor("norm_weight", norm_weight, FLOATS, (out_features,), device)
+    check_output("weighted.values", weighted.values, FLOATS, (rows, out_features), device)
+    check_output("weighted.squares", weighted.squares, torch.float32, (rows, _num_squares(out_features)), device)
 
 
 def _check_lora(
