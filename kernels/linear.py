@@ -128,8 +128,10 @@ def load_squares(squares, rows, in_rows, NUM_SQUARES: tl.constexpr):
 @triton.jit
 def divided_by_rms(y, squares, eps, SIZE: tl.constexpr):
     """y [ROWS, FEATURES] / sqrt(mean square + eps) of rows of SIZE features."""
-    total = _sum_of_neighbours(squares, squares.shape[0], squares.shape[1], 1)
-    return y * inverse_rms(total, SIZE, eps)
+    COLUMNS: tl.constexpr = squares.shape[1]
+    pair = _sum_of_neighbours(squares, squares.shape[0], COLUMNS, 2) if COLUMNS > 2 else squares
+    # Two numbers have one sum; without this reduction the layout of y would spread over all of the squares.
+    return y * inverse_rms(tl.sum(pair, axis=1), SIZE, eps)[:, None]
 
 
 @triton.jit
@@ -152,14 +154,17 @@ def _store_weighted(
 
 @triton.jit
 def _finish(
-    y, y_squares, tile, rows, in_rows, weight_rows, in_weight, eps, bias, lora_hidden, lora_b, row_adapted, residual,
-    output, norm_weight, values, squares, out_features, rank, lora_row, lora_b_row, residual_row,
+    y, early_squares, tile, rows, in_rows, weight_rows, in_weight, x_squares, eps, bias, lora_hidden, lora_b,
+    row_adapted, residual, output, norm_weight, values, squares,
+    out_features, rank, lora_row, lora_b_row, residual_row,
     IN_FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, FEATURES: tl.constexpr, RANKS: tl.constexpr,
-    NUM_SQUARES: tl.constexpr, SQUARES_SIZE: tl.constexpr,
+    NUM_X_SQUARES: tl.constexpr, NUM_SQUARES: tl.constexpr, SQUARES_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Epilogue of a tile and its store."""
-    if y_squares is not None:
-        y = divided_by_rms(y, y_squares, eps, IN_FEATURES)
+    if early_squares is not None:
+        y = divided_by_rms(y, early_squares, eps, IN_FEATURES)
+    elif x_squares is not None:
+        y = divided_by_rms(y, load_squares(x_squares, rows, in_rows, NUM_X_SQUARES), eps, IN_FEATURES)
     if bias is not None:
         y += tl.load(bias + weight_rows, mask=in_weight, other=0.0).to(tl.float32)[None, :]
     if lora_hidden is not None:
@@ -205,9 +210,9 @@ def _linear_kernel(
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     in_rows = rows < count
     weight_rows, in_weight = _weight_rows(tile, out_features, FEATURES, ACTIVATION is not None)
-    y_squares = None
-    if partial is None and x_squares is not None:
-        y_squares = load_squares(x_squares, rows, in_rows, NUM_X_SQUARES)  # before the loop, to hide the latency
+    early_squares = None
+    if partial is None and x_squares is not None and ROWS == 16:  # else they would take too many registers
+        early_squares = load_squares(x_squares, rows, in_rows, NUM_X_SQUARES)
     begin = segment * SEGMENT
     y = accumulate(
         x, weight, rows, in_rows, weight_rows, in_weight, begin, tl.minimum(begin + SEGMENT, IN_FEATURES),
@@ -215,9 +220,10 @@ def _linear_kernel(
     )  # fmt: skip
     if partial is None:
         _finish(
-            y, y_squares, tile, rows, in_rows, weight_rows, in_weight, eps, bias, lora_hidden, lora_b, row_adapted,
-            residual, output, norm_weight, values, squares, out_features, rank, lora_row, lora_b_row, residual_row,
-            IN_FEATURES, ACTIVATION, FEATURES, RANKS, NUM_SQUARES, SQUARES_SIZE,
+            y, early_squares, tile, rows, in_rows, weight_rows, in_weight, x_squares, eps, bias, lora_hidden, lora_b,
+            row_adapted, residual, output, norm_weight, values, squares,
+            out_features, rank, lora_row, lora_b_row, residual_row,
+            IN_FEATURES, ACTIVATION, FEATURES, RANKS, NUM_X_SQUARES, NUM_SQUARES, SQUARES_SIZE,
         )  # fmt: skip
     else:
         num_weight_rows = out_features if ACTIVATION is None else 2 * out_features
@@ -246,12 +252,11 @@ def _sum_kernel(
         at = (segment * max_rows + rows) * num_weight_rows
         inside = in_rows[:, None] & in_weight[None, :]
         y += tl.load(partial + at[:, None] + weight_rows[None, :], mask=inside, other=0.0)
-    y_squares = load_squares(x_squares, rows, in_rows, NUM_X_SQUARES) if x_squares is not None else None
     _finish(
-        y, y_squares, tile, rows, in_rows, weight_rows, in_weight, eps,
+        y, None, tile, rows, in_rows, weight_rows, in_weight, x_squares, eps,
         bias, lora_hidden, lora_b, row_adapted, residual, output, norm_weight, values, squares,
         out_features, rank, lora_row, lora_b_row, residual_row,
-        IN_FEATURES, ACTIVATION, FEATURES, RANKS, NUM_SQUARES, SQUARES_SIZE,
+        IN_FEATURES, ACTIVATION, FEATURES, RANKS, NUM_X_SQUARES, NUM_SQUARES, SQUARES_SIZE,
     )  # fmt: skip
 
 
