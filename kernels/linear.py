@@ -3,7 +3,7 @@
 At few rows the time is that of reading W, which every program streams once for its rows. All programs use the same
 matrix instruction (mma.sync; Triton takes wgmma for 64 rows and more only) along the input features in the same order,
 and the number of segments into which these are split depends on the shape of W alone: the bits of a row do not depend
-on the number of rows. Segments are summed in their order by a second kernel.
+on the number of rows. Segments are summed in their order, by the program that finishes last.
 
 Epilogue: y /= rms; y += bias; y += B t for the rows marked by `row_adapted` (LoRA, t = A x); activation; y += residual;
 norm_weight * y and y * y for the norm that reads it.
@@ -25,6 +25,7 @@ from llm2_fast.errors import ArgumentError
 from llm2_fast.kernels.activation import GATED, gated
 from llm2_fast.kernels.arguments import FLOATS, check_ndim, check_num_rows, check_output, check_range, check_tensor
 from llm2_fast.kernels.dot import dot
+from llm2_fast.kernels.last_program import is_last
 from llm2_fast.kernels.rms_norm import inverse_rms
 from llm2_fast.kernels.row_count import row_count
 
@@ -196,9 +197,22 @@ def _finish(
 
 
 @triton.jit
+def _sum_of_segments(
+    sums, rows, in_rows, weight_rows, in_weight, max_rows, num_weight_rows,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    y = tl.zeros((ROWS, FEATURES), tl.float32)
+    inside = in_rows[:, None] & in_weight[None, :]
+    for segment in tl.static_range(SEGMENTS):
+        at = (segment * max_rows + rows) * num_weight_rows
+        y += tl.load(sums + at[:, None] + weight_rows[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+    return y
+
+
+@triton.jit
 def _linear_kernel(
     x, weight, x_squares, eps, bias, lora_hidden, lora_b, row_adapted, residual, output, norm_weight, values, squares,
-    num_rows, partial, max_rows, out_features, rank, x_row, weight_row, lora_row, lora_b_row, residual_row,
+    num_rows, sums, counters, max_rows, out_features, rank, x_row, weight_row, lora_row, lora_b_row, residual_row,
     IN_FEATURES: tl.constexpr, SEGMENT: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
     FEATURES: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr, NUM_X_SQUARES: tl.constexpr,
     NUM_SQUARES: tl.constexpr, SQUARES_SIZE: tl.constexpr,
@@ -211,50 +225,26 @@ def _linear_kernel(
     in_rows = rows < count
     weight_rows, in_weight = _weight_rows(tile, out_features, FEATURES, ACTIVATION is not None)
     early_squares = None
-    if partial is None and x_squares is not None and ROWS == 16:  # else they would take too many registers
+    if sums is None and x_squares is not None and ROWS == 16:  # else they would take too many registers
         early_squares = load_squares(x_squares, rows, in_rows, NUM_X_SQUARES)
     begin = segment * SEGMENT
     y = accumulate(
         x, weight, rows, in_rows, weight_rows, in_weight, begin, tl.minimum(begin + SEGMENT, IN_FEATURES),
         x_row, weight_row, ROWS, FEATURES, DEPTH,
     )  # fmt: skip
-    if partial is None:
-        _finish(
-            y, early_squares, tile, rows, in_rows, weight_rows, in_weight, x_squares, eps, bias, lora_hidden, lora_b,
-            row_adapted, residual, output, norm_weight, values, squares,
-            out_features, rank, lora_row, lora_b_row, residual_row,
-            IN_FEATURES, ACTIVATION, FEATURES, RANKS, NUM_X_SQUARES, NUM_SQUARES, SQUARES_SIZE,
-        )  # fmt: skip
-    else:
+    if sums is not None:
         num_weight_rows = out_features if ACTIVATION is None else 2 * out_features
         at = (segment * max_rows + rows) * num_weight_rows
-        tl.store(partial + at[:, None] + weight_rows[None, :], y, mask=in_rows[:, None] & in_weight[None, :])
-
-
-@triton.jit
-def _sum_kernel(
-    x_squares, eps, bias, lora_hidden, lora_b, row_adapted, residual, output, norm_weight, values, squares,
-    num_rows, partial, max_rows, out_features, rank, lora_row, lora_b_row, residual_row,
-    IN_FEATURES: tl.constexpr, SEGMENTS: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
-    FEATURES: tl.constexpr, RANKS: tl.constexpr, NUM_X_SQUARES: tl.constexpr, NUM_SQUARES: tl.constexpr,
-    SQUARES_SIZE: tl.constexpr,
-):  # fmt: skip
-    tile = tl.program_id(1)
-    count = row_count(max_rows, num_rows)
-    if tl.program_id(0) * ROWS >= count:
-        return
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    in_rows = rows < count
-    weight_rows, in_weight = _weight_rows(tile, out_features, FEATURES, ACTIVATION is not None)
-    num_weight_rows = out_features if ACTIVATION is None else 2 * out_features
-    y = tl.zeros((ROWS, FEATURES), tl.float32)
-    for segment in tl.static_range(SEGMENTS):
-        at = (segment * max_rows + rows) * num_weight_rows
-        inside = in_rows[:, None] & in_weight[None, :]
-        y += tl.load(partial + at[:, None] + weight_rows[None, :], mask=inside, other=0.0)
+        tl.store(sums + at[:, None] + weight_rows[None, :], y, mask=in_rows[:, None] & in_weight[None, :])
+        SEGMENTS: tl.constexpr = (IN_FEATURES + SEGMENT - 1) // SEGMENT
+        if not is_last(counters + tl.program_id(0) * tl.num_programs(1) + tile, SEGMENTS):
+            return
+        y = _sum_of_segments(
+            sums, rows, in_rows, weight_rows, in_weight, max_rows, num_weight_rows, SEGMENTS, ROWS, FEATURES
+        )
     _finish(
-        y, None, tile, rows, in_rows, weight_rows, in_weight, x_squares, eps,
-        bias, lora_hidden, lora_b, row_adapted, residual, output, norm_weight, values, squares,
+        y, early_squares, tile, rows, in_rows, weight_rows, in_weight, x_squares, eps, bias, lora_hidden, lora_b,
+        row_adapted, residual, output, norm_weight, values, squares,
         out_features, rank, lora_row, lora_b_row, residual_row,
         IN_FEATURES, ACTIVATION, FEATURES, RANKS, NUM_X_SQUARES, NUM_SQUARES, SQUARES_SIZE,
     )  # fmt: skip
@@ -267,10 +257,25 @@ def _segment_size(weight_rows: int, in_features: int) -> int:
     return triton.cdiv(triton.cdiv(in_features, segments), _SEGMENT) * _SEGMENT
 
 
-def empty_partial(rows: int, weight: torch.Tensor) -> torch.Tensor | None:
-    """Workspace of `linear` for `rows` rows: float32 [segments, R, weight rows], None if one segment holds them all."""
+class Partial(NamedTuple):
+    """Workspace: what the segments of a product leave for the program that sums them."""
+
+    sums: torch.Tensor  # float32 [segments, R, weight rows]
+    counters: torch.Tensor  # int32 [programs], zeros
+
+
+def empty_partial(rows: int, weight: torch.Tensor) -> Partial | None:
+    """Workspace of `linear` for `rows` rows, None if one segment holds all input features."""
     segments = triton.cdiv(weight.shape[1], _segment_size(*weight.shape))
-    return None if segments == 1 else weight.new_empty(segments, rows, weight.shape[0], dtype=torch.float32)
+    if segments == 1:
+        return None
+    sums = weight.new_empty(segments, rows, weight.shape[0], dtype=torch.float32)
+    return Partial(sums, weight.new_zeros(_num_counters(rows, weight.shape[0]), dtype=torch.int32))
+
+
+def _num_counters(rows: int, num_weight_rows: int) -> int:
+    """One for each of the smallest tiles."""
+    return triton.cdiv(rows, 16) * triton.cdiv(num_weight_rows, 16)
 
 
 def linear(
@@ -283,7 +288,7 @@ def linear(
     residual: torch.Tensor | None,
     activation: str | None,
     output: torch.Tensor,
-    partial: torch.Tensor | None,
+    partial: Partial | None,
     num_rows: torch.Tensor | None = None,
     squares: torch.Tensor | None = None,
     eps: float = 0.0,
@@ -341,7 +346,9 @@ def linear(
     if segments > 1:
         if partial is None:
             raise ArgumentError("partial", f"a workspace for {segments} segments", None)
-        check_output("partial", partial, torch.float32, (segments, rows, num_weight_rows), device)
+        check_output("partial.sums", partial.sums, torch.float32, (segments, rows, num_weight_rows), device)
+        counters = (_num_counters(rows, num_weight_rows),)
+        check_output("partial.counters", partial.counters, torch.int32, counters, device)
     if squares is not None:
         check_output("squares", squares, torch.float32, (rows, _num_squares(in_features)), device)
     check_num_rows(num_rows, device)
@@ -350,29 +357,17 @@ def linear(
     size = 16 if weighted is None else _squares_size(out_features)
     tiling = _Tiling.of(rows, num_weight_rows, dtype, size)
     row_adapted = None if row_adapted is None else row_adapted.view(torch.uint8)
-    shared = (
-        squares, eps, bias, lora_hidden, lora_b, row_adapted, residual, output, norm_weight,
-        *(weighted or (None, None)), num_rows, partial if segments > 1 else None, rows, out_features, rank,
+    grid = (triton.cdiv(rows, tiling.rows), triton.cdiv(num_weight_rows, tiling.features), segments)
+    _linear_kernel[grid](
+        x, weight, squares, eps, bias, lora_hidden, lora_b, row_adapted, residual, output, norm_weight,
+        *(weighted or (None, None)), num_rows, *(partial if segments > 1 else (None, None)), rows, out_features, rank,
+        x.stride(0), weight.stride(0), *((0, 0) if rank == 0 else (lora_hidden.stride(0), lora_b.stride(0))),
+        0 if residual is None else residual.stride(0),
+        IN_FEATURES=in_features, SEGMENT=segment, ACTIVATION=activation, ROWS=tiling.rows, FEATURES=tiling.features,
+        DEPTH=tiling.depth, RANKS=max(16, triton.next_power_of_2(rank)), NUM_X_SQUARES=_num_squares(in_features),
+        NUM_SQUARES=_num_squares(out_features), SQUARES_SIZE=size,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    lora_strides = (0, 0) if lora_hidden is None else (lora_hidden.stride(0), lora_b.stride(0))
-    strides = (*lora_strides, 0 if residual is None else residual.stride(0))
-    ranks = max(16, triton.next_power_of_2(rank))
-    row_tiles, feature_tiles = triton.cdiv(rows, tiling.rows), triton.cdiv(num_weight_rows, tiling.features)
-    shapes = {
-        "IN_FEATURES": in_features, "ACTIVATION": activation, "RANKS": ranks,
-        "NUM_X_SQUARES": _num_squares(in_features), "NUM_SQUARES": _num_squares(out_features), "SQUARES_SIZE": size,
-        "enable_fp_fusion": True,
-    }  # fmt: skip
-    _linear_kernel[(row_tiles, feature_tiles, segments)](
-        x, weight, *shared, x.stride(0), weight.stride(0), *strides, SEGMENT=segment, ROWS=tiling.rows,
-        FEATURES=tiling.features, DEPTH=tiling.depth, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
-        **shapes,
-    )  # fmt: skip
-    if segments > 1:
-        features = max(32, size)
-        _sum_kernel[(triton.cdiv(rows, 16), triton.cdiv(num_weight_rows, features))](
-            *shared, *strides, SEGMENTS=segments, ROWS=16, FEATURES=features, **shapes
-        )
 
 
 def _check_weighted(

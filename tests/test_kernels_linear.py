@@ -223,6 +223,7 @@ def test_residual_in_place_and_row_count(in_features: int) -> None:
     kernel.linear(*arguments, output, partial, int32(7).to(DEVICE))
     assert torch.equal(output[:7].cpu(), expected[:7])
     assert torch.equal(output[7:].cpu(), before[7:])
+    assert partial is None or not partial.counters.any()
 
 
 def test_nan_stays_in_its_row_and_feature() -> None:

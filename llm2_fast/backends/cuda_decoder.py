@@ -268,7 +268,7 @@ class CudaDecoder:
         )  # fmt: skip
         branch_attention(
             rows.query, *caches, *where, rows.has_own, *own, spec.attention_scale, layer.sliding_window, rows.attended,
-            rows.first_row, rows.workspace, rows.count,
+            rows.first_row, rows.workspace,
         )  # fmt: skip
 
     def _add(
