@@ -24,6 +24,7 @@ import triton.language as tl
 from llm2_fast.errors import ArgumentError
 from llm2_fast.kernels.activation import GATED, gated
 from llm2_fast.kernels.arguments import FLOATS, check_ndim, check_num_rows, check_output, check_range, check_tensor
+from llm2_fast.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from llm2_fast.kernels.dot import dot
 from llm2_fast.kernels.last_program import is_last
 from llm2_fast.kernels.rms_norm import inverse_rms
@@ -220,8 +221,9 @@ def _linear_kernel(
     num_rows, sums, counters, max_rows, out_features, rank, x_row, weight_row, lora_row, lora_b_row, residual_row,
     IN_FEATURES: tl.constexpr, SEGMENT: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
     FEATURES: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr, NUM_X_SQUARES: tl.constexpr,
-    NUM_SQUARES: tl.constexpr, SQUARES_SIZE: tl.constexpr,
+    NUM_SQUARES: tl.constexpr, SQUARES_SIZE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     tile, segment = tl.program_id(1), tl.program_id(2)
     SEGMENTS: tl.constexpr = (IN_FEATURES + SEGMENT - 1) // SEGMENT
     num_weight_rows = out_features if ACTIVATION is None else 2 * out_features
@@ -363,12 +365,12 @@ class Product(NamedTuple):
         return *tiles, triton.cdiv(self.in_features, self.segment)
 
     def options(self, tiling: Tiling) -> dict[str, int]:
-        """What is constant in a compiled kernel."""
+        """What is constant in a compiled kernel, and how to launch it."""
         return {
             "IN_FEATURES": self.in_features, "SEGMENT": self.segment, "ROWS": tiling.rows, "FEATURES": tiling.features,
             "DEPTH": tiling.depth, "RANKS": max(16, triton.next_power_of_2(self.rank)),
             "NUM_X_SQUARES": _num_squares(self.in_features), "num_warps": tiling.num_warps,
-            "num_stages": tiling.num_stages, "enable_fp_fusion": True,
+            "num_stages": tiling.num_stages, "enable_fp_fusion": True, **dependent_launch(),
         }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from llm2_fast.kernels.arguments import check_num_rows
+from llm2_fast.kernels.dependent_launch import wait_for_predecessor
 from llm2_fast.kernels.linear import (
     Partial,
     Product,
@@ -40,8 +41,9 @@ def _project_kernel(
     key_block, key_head, key_position, value_block, value_head, value_position,
     IN_FEATURES: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
     DEPTH: tl.constexpr, RANKS: tl.constexpr, NUM_X_SQUARES: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     tile, segment = tl.program_id(1), tl.program_id(2)
     SEGMENTS: tl.constexpr = (IN_FEATURES + SEGMENT - 1) // SEGMENT
     count = row_count(max_rows, num_rows)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from llm2_fast.errors import ArgumentError
 from llm2_fast.kernels.arguments import FLOATS, check_ndim, check_num_rows, check_output, check_tensor
+from llm2_fast.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from llm2_fast.kernels.rms_norm import inverse_rms
 
 
@@ -38,8 +39,9 @@ def _rope_kernel(
     qkv, cosine, sine, q_norm, k_norm, block_table, row_sequence, row_position, row_stored, num_rows,
     query, own_key, own_value, key_cache, value_cache, eps, num_heads, num_kv_heads, qkv_row, table_row,
     key_block, key_head, key_position, value_block, value_head, value_position,
-    HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if num_rows is not None and row >= tl.load(num_rows):
         return
@@ -130,7 +132,7 @@ def rope_and_store(
         num_rows, query, own_key, own_value, key_cache, value_cache, eps, num_heads, num_kv_heads, qkv.stride(0),
         block_table.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3],
         HALF=head_dim // 2, BLOCK_SIZE=block_size, BLOCK=triton.next_power_of_2(head_dim // 2), num_warps=1,
-        enable_fp_fusion=True,
+        enable_fp_fusion=True, **dependent_launch(),
     )  # fmt: skip
 
 
