@@ -83,7 +83,7 @@ class Tiling(NamedTuple):
         # program has 8 KB per stage and two stages less on their way than it has; few programs need more stages.
         programs = triton.cdiv(weight_rows, features) * row_tiles
         depth = max(64, min(256, 4096 // features))
-        return cls(tile_rows, features, depth, num_warps=4, num_stages=6 if programs <= 2 * _PROGRAMS else 4)
+        return cls(tile_rows, features, depth, num_warps=4, num_stages=5 if programs <= 2 * _PROGRAMS else 4)
 
 
 @triton.jit
