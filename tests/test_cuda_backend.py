@@ -9,8 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import llm2_fast
 import tiny
 from llm2_fast import ArgumentError, GenerationConfig
-from llm2_fast.backends.cuda import CudaBackend
-from llm2_fast.models.loading import LoadedModel
 from llm2_fast.sequence import Sequence
 from llm2_fast.verifier import LoraVerifier
 from margins import clear_candidates
@@ -44,12 +42,9 @@ def make(family: str, kind: str | None):
 
 def load(model, verifier, kind=None, backend="cuda", max_batch_size=2):
     memory = MEMORY if backend == "cuda" else None
-    engine = llm2_fast.load(
-        model, verifier, backend=backend, max_batch_size=max_batch_size, kv_cache_memory_bytes=memory
-    )
-    if kind == "always":
-        engine._backend = CudaBackend(LoadedModel(model, None, "tiny"), verifier, MEMORY, always_verify=True)
-    return engine
+    always = kind == "always" and backend == "cuda"
+    options = {"max_batch_size": max_batch_size, "kv_cache_memory_bytes": memory, "always_verify": always}
+    return llm2_fast.load(model, verifier, backend=backend, **options)
 
 
 def config(**options):
@@ -191,3 +186,10 @@ def test_refusals():
         llm2_fast.load(model, backend="cuda", quantization="int8")
     with pytest.raises(ArgumentError, match="cache_packed: expected False"):
         llm2_fast.load("no such model", backend="cuda", cache_packed=True)
+    with pytest.raises(ArgumentError, match="always_verify: expected False with backend 'cpu', got True"):
+        llm2_fast.load("no such model", backend="cpu", always_verify=True)
+    with pytest.raises(ArgumentError, match="always_verify: expected True or False, got 1"):
+        llm2_fast.load("no such model", always_verify=1)
+    model = tiny.causal_lm("llama", **SHAPE)
+    with pytest.raises(ArgumentError, match="always_verify: .* the cuda backend and a full verifier, got .* head"):
+        llm2_fast.load(model, head_verifier(model), backend="cuda", always_verify=True)

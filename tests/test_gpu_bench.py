@@ -1,0 +1,79 @@
+"""`bench/gpu.py` before there is a GPU: its figures and its report, over an engine that is quick on a CPU."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import llm2_fast
+from triton_device import INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="bench/gpu.py itself runs on a GPU")
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "bench")
+    torch.manual_seed(0)
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in ("gpu", "gpu_engine", "gpu_report")})
+
+
+@pytest.fixture
+def quick_engine(bench, monkeypatch):
+    """The reference backend in place of the cuda backend, which the interpreter takes a second per step for."""
+
+    def make_engine(sizes, model, verifier, *, always_verify=False, **options):
+        engine = llm2_fast.load(model, verifier, backend="reference", **options)
+        engine.lm_head = model.lm_head.weight.data
+        return engine
+
+    monkeypatch.setattr(bench.gpu_engine, "make_engine", make_engine)
+    monkeypatch.setattr(bench.gpu_engine, "lm_head_of", lambda engine: engine.lm_head)
+
+
+def test_every_row_of_the_engine(bench, quick_engine):
+    sizes = bench.gpu_engine.TINY._replace(new_tokens=9)
+    rows = list(bench.gpu_engine.engine_rows(sizes, 1e9, lambda: False))
+    assert [(row["row"], row["batch"]) for row in rows] == [
+        ("plain", 1), ("head, 8 branches", 1), ("lora, 8 branches", 1), ("full, always, 8 branches", 1),
+        ("transformers, eager", 1), ("transformers, compiled", 1), ("full, lazy", 1), ("head, alpha 0.1", 1),
+        ("naive LLM2, head", 1), ("full, alpha 0.1", 1), ("naive LLM2, full", 1), ("plain", 2), ("head, alpha 0.1", 2),
+    ]  # fmt: skip
+    assert all(row["ms per step"] > 0 for row in rows)
+    assert rows[0]["x plain"] == rows[-2]["x plain"] == 1.0
+    assert all(row["mean candidates"] == 8 for row in rows if "8 branches" in row["row"])
+    left_out = [row["row"] for row in bench.gpu_engine.engine_rows(sizes, 1e9, lambda: True) if "left out" in row]
+    assert left_out == ["transformers, eager", "transformers, compiled", "naive LLM2, head", "naive LLM2, full"]
+
+
+def test_scaling_finds_the_number_of_candidates(bench, quick_engine):
+    sizes = bench.gpu_engine.TINY._replace(new_tokens=12, rounds=2, batch=8)
+    model = bench.gpu_engine.random_llama(sizes.shape, sizes.dtype, sizes.device, max_positions=64)
+    mean = bench.gpu_engine.scale_lm_head(sizes, model, lambda timing: timing.mean_candidates, 2.2)
+    assert 1.8 < mean < 2.6
+
+
+def test_a_wrong_token_is_found_unless_the_reference_was_close(bench):
+    def result(tokens, gap=1.0):
+        step = SimpleNamespace(adjusted_logits=(3.0, 3.0 - gap))
+        samples = [SimpleNamespace(token_ids=tokens, trace=[step] * len(tokens))]
+        return [SimpleNamespace(samples=samples)]
+
+    differences = bench.gpu_engine._differences
+    assert differences(result([1, 2]), result([1, 2])) == []
+    assert differences(result([1, 2]), result([1, 3])) == ["prompt 0, step 1: 2 != 3"]
+    assert differences(result([1, 2]), result([1, 3], gap=1e-5)) == []
+
+
+def test_report(bench):
+    rows = [{"row": "plain", "ms per step": 1.5}, {"row": "head", "x plain": 1.05}]
+    results = {"machine": {"gpu": "none"}, "correct": True, "engine": rows, "kernels": [], "left out": "kernels"}
+    assert bench.gpu_report.markdown(results) == (
+        "gpu none. All checks passed.\n\nLeft out: kernels.\n\n## Engine\n\n"
+        "| row | ms per step | x plain |\n| --- | --- | --- |\n| plain | 1.5 |  |\n| head |  | 1.05 |\n"
+    )
+    assert "**Checks failed**" in bench.gpu_report.markdown({**results, "correct": False})
