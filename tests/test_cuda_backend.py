@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -9,6 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import llm2_fast
 import tiny
 from llm2_fast import ArgumentError, GenerationConfig
+from llm2_fast.backends import cache_budget, cached_decoder, cuda_decoder
+from llm2_fast.models.fingerprint import fingerprint
+from llm2_fast.models.spec import DecoderSpec
 from llm2_fast.sequence import Sequence
 from llm2_fast.verifier import LoraVerifier
 from margins import clear_candidates
@@ -127,6 +132,42 @@ def test_bits_depend_neither_on_the_batch_nor_on_recomputation():
     assert (output.token_id, output.logprob) == (together[0][0][2], together[0][1][2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bits(dtype):
+    """Against transformers in float32, on the same weights, along the same tokens: hidden states and candidates."""
+    model, verifier = make("llama", "head")
+    model, verifier.base_fingerprint = model.to(dtype), fingerprint(model)
+    engine = load(model, verifier)
+    assert engine._backend._llm.key_cache.dtype == dtype
+    (result,) = engine.generate(PROMPTS[0], config())
+    tokens = PROMPTS[0] + result.samples[0].token_ids
+    with torch.no_grad():
+        expected = model.float()(torch.tensor([tokens]), output_hidden_states=True)
+    tolerance = TOLERANCES["decoder.hidden_states", dtype]
+    hidden_states = engine._backend._llm.last_hidden_state(tokens).float()
+    torch.testing.assert_close(hidden_states, expected.hidden_states[-1][0, -1], **tolerance)
+    for step, logits in zip(result.samples[0].trace, expected.logits[0, len(PROMPTS[0]) - 1 :], strict=False):
+        logprobs = logits.log_softmax(dim=-1)[list(step.candidate_ids)].tolist()
+        torch.testing.assert_close(list(step.logprobs), logprobs, rtol=0.0, atol=8 * tolerance["atol"])
+        # What it kept is plausible, give or take what rounding may have moved.
+        assert min(logprobs) - max(logprobs) >= math.log(0.11) - 8 * tolerance["atol"]
+
+
+@pytest.mark.parametrize("kind", ["head", "full"])
+def test_preempted_samples_go_on_as_if_nothing_had_happened(kind, monkeypatch):
+    for module in (cached_decoder, cache_budget, cuda_decoder):
+        monkeypatch.setattr(module, "BLOCK_SIZE", 4)
+    model, verifier = make("llama", kind)
+    prompts, options = [[5, 6, 7], [3, 9]], config(max_candidates=2)
+    plenty = load(model, verifier).generate(prompts, options)
+    cached = [model] if kind == "head" else [model, verifier.network]
+    memory = 3 * sum(cached_decoder.block_bytes(DecoderSpec.from_model(decoder)) for decoder in cached)
+    engine = llm2_fast.load(model, verifier, backend="cuda", max_batch_size=2, kv_cache_memory_bytes=memory)
+    little = engine.generate(prompts, options)
+    assert everything(little) == everything(plenty)
+    assert sum(r.stats.preemptions for r in little) > 0 == sum(r.stats.preemptions for r in plenty)
+
+
 class OnlyInPlace(TorchDispatchMode):
     """Refuses ops that allocate or wait for the device."""
 
@@ -139,7 +180,7 @@ class OnlyInPlace(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", [None, "head", "lora", "always"])
+@pytest.mark.parametrize("kind", [None, "head", "lora", "always", "full"])
 def test_a_step_neither_allocates_nor_waits(kind, monkeypatch):
     from triton.runtime.interpreter import GridExecutor
 
