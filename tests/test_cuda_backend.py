@@ -31,10 +31,10 @@ PROMPTS = [[5, 6, 7, 8, 9, 10], [3]]
 MEMORY = 1 << 20
 
 
-def make(family: str, kind: str | None):
+def make(family: str, kind: str | None, **shape):
     """A model of two layers and a verifier of a kind; of Gemma-3 a layer of each type."""
     types = {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3" else {}
-    model = tiny.causal_lm(family, **SHAPE, **types)
+    model = tiny.causal_lm(family, **SHAPE | shape, **types)
     if kind == "head":
         return model, head_verifier(model)
     if kind == "lora":
@@ -157,7 +157,7 @@ def test_16_bits(dtype):
 def test_preempted_samples_go_on_as_if_nothing_had_happened(kind, monkeypatch):
     for module in (cached_decoder, cache_budget, cuda_decoder):
         monkeypatch.setattr(module, "BLOCK_SIZE", 4)
-    model, verifier = make("llama", kind)
+    model, verifier = make("llama", kind, num_hidden_layers=1)
     prompts, options = [[5, 6, 7], [3, 9]], config(max_candidates=2)
     plenty = load(model, verifier).generate(prompts, options)
     cached = [model] if kind == "head" else [model, verifier.network]
@@ -191,7 +191,7 @@ def test_a_step_neither_allocates_nor_waits(kind, monkeypatch):
     backend.prefill(sequences)
     for sequence in sequences:
         backend._make_room(sequence)
-    backend._plan.step(sequences)
+    backend._plan.begin(sequences)()
     step, _ = backend._plan._bound
     launch = GridExecutor.__call__
 

@@ -75,6 +75,10 @@ class CompiledBackend(Backend):
         return self._llm.prefix(sequence.slot)
 
     def _make_room(self, sequence: Sequence) -> None:
-        length = len(sequence) + 1  # the next token may be cached with the step that chooses it
+        length = self._length(sequence) + 1  # the next token may be cached with the step that chooses it
         self._llm.reserve(sequence.slot, length)
         self._plan.reserve(sequence, length)
+
+    def _length(self, sequence: Sequence) -> int:
+        """Of the sequence, once the tokens of all steps that have begun are its own."""
+        return len(sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from llm2_fast.models.loading import LoadedModel
 from llm2_fast.models.source import ModelSource
 from llm2_fast.models.spec import DecoderSpec
 from llm2_fast.ops import triton_needed
+from llm2_fast.results import StepOutput
 from llm2_fast.sequence import Sequence
 from llm2_fast.verifier import FullVerifier, LoraVerifier, Verifier
 from llm2_fast.verifier.full import LabelHead
@@ -108,6 +110,7 @@ class CudaBackend(CompiledBackend):
 
     def reserve(self, sequence: Sequence) -> None:
         self._plan.check(sequence)
+        self._plan.settle()
         super().reserve(sequence)
 
     def prefill(self, sequences: list[Sequence]) -> None:
@@ -116,10 +119,30 @@ class CudaBackend(CompiledBackend):
         self._plan.release()
         self._plan.extend(sequences)
 
+    def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
+        self._plan.settle()
+        super().fork(parent, child, length)
+
+    def can_run_ahead(self, sequences: list[Sequence]) -> bool:
+        return self._plan.continues(sequences)
+
+    def begin_step(self, sequences: list[Sequence]) -> Callable[[], list[StepOutput]]:
+        if not self._plan.continues(sequences):
+            self._plan.settle()
+        for sequence in sequences:
+            self._make_room(sequence)
+        return self._plan.begin(sequences)
+
+    def step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        return self.begin_step(sequences)()
+
     def free(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
             self._plan.release()
         super().free(sequence)
+
+    def _length(self, sequence: Sequence) -> int:
+        return max(len(sequence), self._llm.lengths[sequence.slot]) + self._plan.num_unknown
 
 
 def _head_on_device(model: LoadedModel, verifier: Verifier) -> CudaHead:

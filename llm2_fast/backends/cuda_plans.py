@@ -1,9 +1,13 @@
-"""The ways in which the cuda backend gets scores: plain, joint look-ahead, lazy, always."""
+"""The ways in which the cuda backend gets scores: plain, joint look-ahead, lazy, always.
+
+A step is enqueued by `begin`, and the next one may be before the host has seen what the first has picked. What the host
+knows of a slot, its length above all, is that of the steps it has waited for.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -18,7 +22,9 @@ from llm2_fast.backends.cuda_steps import (
     StepShape,
     takes_largest,
 )
+from llm2_fast.backends.late_step import LateStep, Report
 from llm2_fast.backends.outputs import step_outputs
+from llm2_fast.backends.report import Receipt
 from llm2_fast.errors import ArgumentError
 from llm2_fast.kernels.row_tiles import MAX_ROWS
 from llm2_fast.kernels.select_candidates import MAX_CANDIDATES
@@ -38,11 +44,28 @@ class CudaPlan(ABC):
         self._llm = llm
         self._steps: dict[tuple, Step] = {}
         self._bound: tuple[Step, list[Sequence]] | None = None
+        self._late: list[LateStep] = []  # whose outputs have not been built
         self._slots: dict[int, int] = {}  # LLM slot -> slot of the verifier's prefix
 
-    def step(self, sequences: list[Sequence]) -> list[StepOutput]:
-        """Choose the next token of each sequence."""
-        return [output for part in self._parts(sequences) for output in self._step(part)]
+    def begin(self, sequences: list[Sequence]) -> Callable[[], list[StepOutput]]:
+        """Enqueue the choice of each sequence's next token. What is returned waits for it."""
+        begun = [self._begin(part) for part in self._parts(sequences)]
+        return lambda: [output for step in begun for output in step.outputs()]
+
+    def continues(self, sequences: list[Sequence]) -> bool:
+        """The last step was theirs, so the next one begins where that one ends, on the device."""
+        return self._bound is not None and self._bound[1] == sequences
+
+    @property
+    def num_unknown(self) -> int:
+        """Steps enqueued for which the host has not waited."""
+        return sum(not step.known for step in self._late)
+
+    def settle(self) -> None:
+        """Wait for all steps, so that the host's books are those of the device."""
+        for step in self._late:
+            step.outputs()
+        self._late.clear()
 
     def logits(self, sequences: list[Sequence]) -> torch.Tensor:
         """Logits of the next token of each sequence, float32 [B, vocab_size]. Not with a verifier."""
@@ -72,13 +95,31 @@ class CudaPlan(ABC):
 
     def release(self) -> None:
         """What the next step begins with has to be computed anew."""
+        self.settle()
         self._bound = None
 
     @abstractmethod
     def _make(self, shape: StepShape) -> Step: ...
 
     @abstractmethod
-    def _step(self, sequences: list[Sequence]) -> list[StepOutput]: ...
+    def _begin(self, sequences: list[Sequence]) -> LateStep: ...
+
+    def _enqueue(
+        self, step: Step, note: Callable[[Report], None], build: Callable[[Report], list[StepOutput]]
+    ) -> LateStep:
+        """Both parts of a step; the report is on its way while the second runs."""
+        step.decide()
+        receipt = step.report.send()
+        step.advance()
+        return self._track(receipt, note, build)
+
+    def _track(
+        self, receipt: Receipt, note: Callable[[Report], None], build: Callable[[Report], list[StepOutput]]
+    ) -> LateStep:
+        for step in self._late[:-1]:
+            step.outputs()  # before its report is overwritten
+        self._late = [*self._late[-1:], LateStep(receipt, note, build)]
+        return self._late[-1]
 
     def _parts(self, sequences: list[Sequence]) -> Iterator[list[Sequence]]:
         """Batches whose rows fit a pass."""
@@ -90,10 +131,13 @@ class CudaPlan(ABC):
 
     def _bind(self, sequences: list[Sequence], shape: StepShape, key: tuple = ()) -> Step:
         """The step of these sequences, ready to decide."""
-        self.extend(sequences)
+        if not self.continues(sequences):
+            self.settle()
+            self.extend(sequences)
         if (step := self._steps.get((shape, *key))) is None:
             step = self._steps[(shape, *key)] = self._make(shape, *key)
         if self._bound != (step, sequences):
+            self.settle()
             self._bind_slots(step, sequences)
             self._bound = step, list(sequences)
         return step
@@ -125,12 +169,18 @@ class PlainCudaPlan(CudaPlan):
             parts.append(step.logits[: len(part)].cpu())
         return torch.cat(parts)
 
-    def _step(self, sequences: list[Sequence]) -> list[StepOutput]:
-        step = self._plain_step(sequences)
-        step.decide()
-        step.report.send()
-        step.advance()
-        report, batch = step.report.receive(), len(sequences)
+    def _begin(self, sequences: list[Sequence]) -> LateStep:
+        slots = [s.slot for s in sequences]
+
+        def note(report: Report) -> None:
+            for slot, token in zip(slots, report["token"].tolist(), strict=False):
+                self._llm.lengths[slot] += token >= 0
+
+        return self._enqueue(self._plain_step(sequences), note, lambda report: self._outputs(sequences, report))
+
+    @staticmethod
+    def _outputs(sequences: list[Sequence], report: Report) -> list[StepOutput]:
+        batch = len(sequences)
         values = {name: values[:batch] for name, values in report.items()}
         greedy = torch.tensor([takes_largest(s) for s in sequences])
         token = values["token"]
@@ -141,8 +191,6 @@ class PlainCudaPlan(CudaPlan):
         zero = torch.zeros(batch, dtype=torch.bool)
         candidates = Candidates(token[:, None], logit, index + 1, logit[:, 0] - logprob, zero)
         picked = Picked(index, token, logprob, index, logit, zero)
-        for sequence, value in zip(sequences, token.tolist(), strict=True):
-            self._llm.lengths[sequence.slot] += value >= 0
         return step_outputs(sequences, candidates, None, picked, [0] * batch)
 
 
@@ -158,12 +206,13 @@ class VerifiedCudaPlan(CudaPlan):
         if width > MAX_CANDIDATES:
             raise ArgumentError("max_candidates", f"at most {MAX_CANDIDATES} with the cuda backend", width)
 
+    @staticmethod
     def _outputs(
-        self, sequences: list[Sequence], report: dict[str, torch.Tensor], first: int, verifier_rows: list[int]
+        sequences: list[Sequence], selected: Report, report: Report, first: int, verifier_rows: list[int]
     ) -> list[StepOutput]:
-        """Of a report whose scores of sequence b begin at row `first_row[first + b]`."""
+        """Of a report whose scores of sequence b begin at row `first_row[first + b]`; candidates are in `selected`."""
         batch = len(sequences)
-        candidates = Candidates(*(report[name][:batch] for name in Candidates._fields))
+        candidates = Candidates(*(selected[name][:batch] for name in Candidates._fields))
         picked = Picked(*(report[name][:batch] for name in Picked._fields))
         place = report["first_row"][first : first + batch, None] + torch.arange(candidates.ids.shape[1])
         scores = report["scores"].take(place.clamp(0, len(report["scores"]) - 1))
@@ -176,18 +225,20 @@ class JointCudaPlan(VerifiedCudaPlan):
     def _make(self, shape: StepShape) -> Step:
         return JointStep(self._llm, shape, self._head, self.rows_per_branch)
 
-    def _step(self, sequences: list[Sequence]) -> list[StepOutput]:
+    def _begin(self, sequences: list[Sequence]) -> LateStep:
         step = self._bind(sequences, StepShape.of(sequences))
-        step.decide()
-        step.report.send()
-        step.advance()
-        report = step.report.receive()
-        for sequence, index in zip(sequences, report["index"].tolist(), strict=False):
-            if index >= 0:
-                self._committed(sequence.slot)
-        first = step.shape.batch * (self.rows_per_branch - 1)
-        rows = self._verifier_rows(report["count"][: len(sequences)].tolist())
-        return self._outputs(sequences, report, first, rows)
+        slots, first = [s.slot for s in sequences], step.shape.batch * (self.rows_per_branch - 1)
+
+        def note(report: Report) -> None:
+            for slot, index in zip(slots, report["index"].tolist(), strict=False):
+                if index >= 0:
+                    self._committed(slot)
+
+        def build(report: Report) -> list[StepOutput]:
+            rows = self._verifier_rows(report["count"][: len(sequences)].tolist())
+            return self._outputs(sequences, report, report, first, rows)
+
+        return self._enqueue(step, note, build)
 
     def _committed(self, slot: int) -> None:
         self._llm.lengths[slot] += 1
@@ -256,7 +307,7 @@ class FullCudaPlan(VerifiedCudaPlan):
             self.verifier.free(self._slots.pop(slot))
 
     def _skipped(self, sequence: Sequence) -> list[int]:
-        """Tokens that the verifier has not seen yet."""
+        """Tokens that the verifier has not seen yet, of those that the sequence has."""
         return sequence.tokens_from(self.verifier.lengths[self._slots[sequence.slot]])
 
     def _catch_up(self, sequences: list[Sequence]) -> None:
@@ -264,11 +315,11 @@ class FullCudaPlan(VerifiedCudaPlan):
         if missing:
             self.verifier.extend(*zip(*missing, strict=True))
 
-    def _advanced(self, sequences: list[Sequence], report: dict[str, torch.Tensor], verified: list[bool]) -> None:
+    def _advanced(self, slots: list[int], report: Report, verified: list[bool]) -> None:
         """The LLM has run over the picked tokens; the verifier has kept those of `verified` sequences."""
-        for sequence, index, kept in zip(sequences, report["index"].tolist(), verified, strict=False):
-            self._llm.lengths[sequence.slot] += index >= 0
-            self.verifier.lengths[self._slots[sequence.slot]] += index >= 0 and kept
+        for slot, index, kept in zip(slots, report["index"].tolist(), verified, strict=False):
+            self._llm.lengths[slot] += index >= 0
+            self.verifier.lengths[self._slots[slot]] += index >= 0 and kept
 
 
 class AlwaysCudaPlan(FullCudaPlan):
@@ -287,41 +338,64 @@ class AlwaysCudaPlan(FullCudaPlan):
         step.bind(sequences)
         step.bind_verifier([self._slots[s.slot] for s in sequences])
 
-    def _step(self, sequences: list[Sequence]) -> list[StepOutput]:
+    def _begin(self, sequences: list[Sequence]) -> LateStep:
         step = self._bind(sequences, StepShape.of(sequences))
-        step.decide()
-        step.report.send()
-        step.advance()
-        report = step.report.receive()
-        self._advanced(sequences, report, [True] * len(sequences))
-        return self._outputs(sequences, report, 0, report["count"][: len(sequences)].tolist())
+        slots, batch = [s.slot for s in sequences], len(sequences)
+        return self._enqueue(
+            step,
+            lambda report: self._advanced(slots, report, [True] * batch),
+            lambda report: self._outputs(sequences, report, report, 0, report["count"][:batch].tolist()),
+        )
 
 
 class LazyCudaPlan(FullCudaPlan):
-    """The verifier runs at ambiguous steps only and catches up on what it skipped."""
+    """The verifier runs at ambiguous steps only and catches up on what it skipped.
+
+    A step's report holds its pick and the next step's candidates. The host waits for it once, to see whether the next
+    step needs the verifier and to list the verifier's rows.
+    """
 
     rows_per_branch = 3  # candidates, and skipped tokens that ride along
+
+    def __init__(self, llm: CudaDecoder, head: CudaHead, verifier: CudaDecoder) -> None:
+        super().__init__(llm, head, verifier)
+        self._selected: Callable[[], Report] | None = None  # waits for the next step's candidates
+        self._last_tokens: dict[int, int] = {}  # by slot, that the last step known has picked
 
     def _make(self, shape: StepShape) -> Step:
         return LazyStep(self._llm, shape, self._head, self.verifier)
 
-    def _step(self, sequences: list[Sequence]) -> list[StepOutput]:
+    def _bind_slots(self, step: LazyStep, sequences: list[Sequence]) -> None:
+        step.bind(sequences)
+        self._selected = step.report.send().wait
+
+    def _begin(self, sequences: list[Sequence]) -> LateStep:
         step = self._bind(sequences, StepShape.of(sequences))
-        report, batch = step.report.receive(), len(sequences)
-        counts = report["count"][:batch].tolist()
-        ambiguous = [count > 1 for count in counts]
-        skipped = [self._skipped(s) for s in sequences]
+        selected, slots, batch = self._selected(), [s.slot for s in sequences], len(sequences)
+        counts = selected["count"][:batch].tolist()
+        ambiguous, skipped = [count > 1 for count in counts], [[] for _ in sequences]
         if any(ambiguous):
-            ids = [row[:count] if count > 1 else [] for row, count in zip(report["ids"].tolist(), counts, strict=False)]
-            step.score([self._slots[s.slot] for s in sequences], skipped, ids)
+            ids = selected["ids"][:batch].tolist()
+            ids = [row[:count] if count > 1 else [] for row, count in zip(ids, counts, strict=True)]
+            skipped = [self._skipped(s) if row else [] for s, row in zip(sequences, ids, strict=True)]
+            step.score([self._slots[slot] for slot in slots], skipped, ids)
         step.decide()
-        step.report.send()
         if any(ambiguous):
             step.keep_winners()
         step.advance()
-        report = step.report.receive()
-        self._advanced(sequences, report, ambiguous)
         rows = [len(skipped[b]) + counts[b] if ambiguous[b] else 0 for b in range(batch)]
-        outputs = self._outputs(sequences, report, 0, rows)
-        step.report.send()  # the next candidates
-        return outputs
+
+        def note(report: Report) -> None:
+            self._advanced(slots, report, ambiguous)
+            tokens = zip(slots, report["token"].tolist(), strict=False)
+            self._last_tokens = {slot: token for slot, token in tokens if token >= 0}
+
+        late = self._track(step.report.send(), note, lambda report: self._outputs(sequences, selected, report, 0, rows))
+        self._selected = late.wait
+        return late
+
+    def _skipped(self, sequence: Sequence) -> list[int]:
+        tokens = super()._skipped(sequence)
+        if self._llm.lengths[sequence.slot] > len(sequence):  # the last token has not been delivered
+            tokens = [*tokens, self._last_tokens[sequence.slot]]
+        return tokens

@@ -1,7 +1,7 @@
 """Steps on a GPU: static tensors of a batch, and what runs on them without the host.
 
-A step has two parts. `decide` ends with the pick, which then goes to the host; `advance` prepares the next step. The
-host waits for the pick while `advance` runs.
+A step has two parts. `decide` ends with the pick, which then goes to the host; `advance` prepares the next step, which
+may be enqueued before the host has seen the pick.
 """
 
 from __future__ import annotations
@@ -436,10 +436,6 @@ class LazyStep(VerifiedStep):
         self._ambiguous = torch.zeros(shape.batch, dtype=torch.bool, device=self.device)
         self._winner = torch.zeros_like(self.slots)
         self._none = torch.full_like(self.slots, -1)
-
-    def bind(self, sequences: list[Sequence]) -> None:
-        super().bind(sequences)
-        self.report.send()  # the candidates, for the host
 
     def score(self, slots: list[int], skipped: list[list[int]], ids: list[list[int]]) -> None:
         """A pass of the verifier over skipped tokens, which it stores, and candidates.
