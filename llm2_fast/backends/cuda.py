@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llm2_fast.backends.compilation import check_same, compiled_sources, lora_updates
+from llm2_fast.backends.compilation import cached_specs, check_same, compiled_sources, lora_updates
 from llm2_fast.backends.compiled_backend import CompiledBackend
+from llm2_fast.backends.shard import Shard
 from llm2_fast.errors import ArgumentError
 from llm2_fast.models.decoder import FINAL_LAYER
 from llm2_fast.models.loading import LoadedModel
@@ -22,6 +23,8 @@ from llm2_fast.verifier import FullVerifier, LoraVerifier, Verifier
 from llm2_fast.verifier.full import LabelHead
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from llm2_fast.backends.cuda_plans import CudaPlan
     from llm2_fast.backends.cuda_steps import CudaHead
     from llm2_fast.backends.cuda_weights import CudaWeights
@@ -40,10 +43,11 @@ class CudaBackend(CompiledBackend):
         verifier: System 2, or None for plain decoding.
         kv_cache_memory_bytes: Bound on keys and values, the verifier's included; half of what is free if None.
         always_verify: A `full` verifier scores every step, not only ambiguous ones, so no step waits for the host.
+        process_group: Processes that share the decoders' work, see `Shard`; all of them make the same calls.
 
     Raises:
-        ArgumentError: The model or the verifier has a part that compiled decoders lack, there is no GPU, or the bound
-            is too small for any sequence.
+        ArgumentError: The model or the verifier has a part that compiled decoders lack, the group cannot share the
+            decoders evenly, there is no GPU, or the bound is too small for any sequence.
         MissingDependencyError: Triton is missing.
     """
 
@@ -56,6 +60,7 @@ class CudaBackend(CompiledBackend):
         kv_cache_memory_bytes: int | None = None,
         *,
         always_verify: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if (reason := self.unsupported(model, verifier)) is not None:
             raise ArgumentError("backend", "a backend for this model and verifier", f"'cuda' ({reason})")
@@ -64,12 +69,15 @@ class CudaBackend(CompiledBackend):
         layers = (FINAL_LAYER,) if verifier is None else tuple(verifier.head_for(model).layers)
         head = None if verifier is None else _head_on_device(model, verifier)
         updates = lora_updates(model, verifier) if isinstance(verifier, LoraVerifier) else {}
-        weights = [cuda_weights.CudaWeights(model.source, model.device, updates)]
+        shard, specs = Shard(process_group), cached_specs(model, verifier)
+        for spec in specs:
+            shard.check(spec)
+        weights = [cuda_weights.CudaWeights(model.source, model.device, updates, shard)]
         if isinstance(verifier, FullVerifier):
-            weights.append(cuda_weights.CudaWeights(verifier.source, model.device))
+            weights.append(cuda_weights.CudaWeights(verifier.source, model.device, shard=shard))
         if kv_cache_memory_bytes is None and model.device.type == "cuda":
-            kv_cache_memory_bytes = torch.cuda.mem_get_info(model.device)[0] // _SHARE
-        super().__init__(model, verifier, kv_cache_memory_bytes)
+            kv_cache_memory_bytes = shard.least(torch.cuda.mem_get_info(model.device)[0] // _SHARE, model.device)
+        super().__init__(model, verifier, kv_cache_memory_bytes, [shard.spec(spec) for spec in specs])
 
         def decoder(of: CudaWeights, source: ModelSource, caches: int, read: tuple[int, ...]):
             made = cuda_decoder.CudaDecoder(of, caches * self._budget.num_blocks, self.max_position_embeddings, read)

@@ -266,12 +266,14 @@ class CudaDecoder:
 
     def _add(self, rows: PassRows, index: int, name: str, x: torch.Tensor, norm: str) -> None:
         """Add what a linear layer makes of `x`, normed if the layer has this norm, to the residual stream."""
-        layer = self.weights.layers[index]
-        if norm not in layer.norms:
+        layer, shard = self.weights.layers[index], self.weights.shard
+        if norm not in layer.norms and shard.size == 1:
             self._linear(rows, x, layer.linears[name], rows.stream, residual=rows.stream)
             return
         self._linear(rows, x, layer.linears[name], rows.branch)
-        rms_norm(rows.branch, layer.norms[norm], self.spec.rms_norm_eps, None, rows.branch, None, rows.count)
+        shard.add(rows.branch)
+        if norm in layer.norms:
+            rms_norm(rows.branch, layer.norms[norm], self.spec.rms_norm_eps, None, rows.branch, None, rows.count)
         rows.stream.add_(rows.branch)
 
     def _linear(
