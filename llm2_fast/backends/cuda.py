@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from llm2_fast.backends.cuda_plans import CudaPlan
-    from llm2_fast.backends.cuda_steps import CudaHead
+    from llm2_fast.backends.cuda_verified_steps import CudaHead
     from llm2_fast.backends.cuda_weights import CudaWeights
 
 _SHARE = 2  # of the free memory, once the weights are there, one part in so many is for caches unless told otherwise
@@ -36,7 +36,7 @@ class CudaBackend(CompiledBackend):
     """Runs models of the Llama and Gemma-3 families with any verifier, in float32, float16 or bfloat16.
 
     Without a GPU it runs models on the CPU in Triton's interpreter (`TRITON_INTERPRET=1`), for tests. A row's results
-    depend neither on its batch nor on recomputation. See `llm2_fast.backends.cuda_steps` for what a step launches.
+    depend neither on its batch nor on recomputation. See `llm2_fast.backends.cuda_step` for what a step launches.
 
     Args:
         model: The LLM. Its weights are copied; changes to the model afterwards have no effect.
@@ -154,7 +154,7 @@ class CudaBackend(CompiledBackend):
 
 
 def _head_on_device(model: LoadedModel, verifier: Verifier) -> CudaHead:
-    from llm2_fast.backends.cuda_steps import CudaHead
+    from llm2_fast.backends.cuda_verified_steps import CudaHead
 
     def vector(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().float().to(model.device).contiguous()

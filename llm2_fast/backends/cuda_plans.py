@@ -11,17 +11,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from llm2_fast.backends.compiled_plan import CompiledPlan, Twins
 from llm2_fast.backends.cuda_decoder import CudaDecoder
-from llm2_fast.backends.cuda_steps import (
-    AlwaysStep,
-    CudaHead,
-    JointStep,
-    LazyStep,
-    PlainStep,
-    Step,
-    StepShape,
-    takes_largest,
-)
+from llm2_fast.backends.cuda_plain_step import PlainStep, takes_largest
+from llm2_fast.backends.cuda_step import Step, StepShape
+from llm2_fast.backends.cuda_verified_steps import AlwaysStep, CudaHead, JointStep, LazyStep
 from llm2_fast.backends.late_step import LateStep, Report
 from llm2_fast.backends.outputs import step_outputs
 from llm2_fast.backends.report import Receipt
@@ -35,7 +29,7 @@ from llm2_fast.sequence import Sequence
 _LARGEST_BATCH = 256  # of one step; more sequences are decoded in parts
 
 
-class CudaPlan(ABC):
+class CudaPlan(CompiledPlan, ABC):
     """Steps of batches, and what a verifier keeps of their sequences."""
 
     rows_per_branch = 1
@@ -45,7 +39,6 @@ class CudaPlan(ABC):
         self._steps: dict[tuple, Step] = {}
         self._bound: tuple[Step, list[Sequence]] | None = None
         self._late: list[LateStep] = []  # whose outputs have not been built
-        self._slots: dict[int, int] = {}  # LLM slot -> slot of the verifier's prefix
 
     def begin(self, sequences: list[Sequence]) -> Callable[[], list[StepOutput]]:
         """Enqueue the choice of each sequence's next token. What is returned waits for it."""
@@ -67,18 +60,8 @@ class CudaPlan(ABC):
             step.outputs()
         self._late.clear()
 
-    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
-        """Logits of the next token of each sequence, float32 [B, vocab_size]. Not with a verifier."""
-        raise ArgumentError("verifier", "None, for System 1's logits", type(self).__name__)
-
     def check(self, sequence: Sequence) -> None:
         """Raise `ArgumentError` if a sequence's options are out of reach."""
-
-    def add(self, sequence: Sequence) -> None:
-        """A sequence was given a slot."""
-
-    def reserve(self, sequence: Sequence, length: int) -> None:
-        """Make room for `length` positions in what a verifier keeps. Raises `CacheFullError`."""
 
     def extend(self, sequences: list[Sequence]) -> None:
         """Compute what is missing of the sequences' tokens, the verifier's too if it needs it at every step."""
@@ -86,12 +69,6 @@ class CudaPlan(ABC):
         if missing:
             self.release()
             self._llm.extend([s.slot for s in missing], [s.tokens_from(self._llm.lengths[s.slot]) for s in missing])
-
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """A slot was forked: the child's tokens begin with the parent's. Raises `CacheFullError`."""
-
-    def free(self, slot: int) -> None:
-        """A slot is about to be given back; it may not have been added yet."""
 
     def release(self) -> None:
         """What the next step begins with has to be computed anew."""
@@ -252,34 +229,25 @@ class JointLoraCudaPlan(JointCudaPlan):
 
     rows_per_branch = 2
 
-    def add(self, sequence: Sequence) -> None:
-        self._slots[sequence.slot] = self._llm.allocate(adapted=True)
-
-    def reserve(self, sequence: Sequence, length: int) -> None:
-        self._llm.reserve(self._slots[sequence.slot], length)
+    def __init__(self, llm: CudaDecoder, head: CudaHead) -> None:
+        super().__init__(llm, head)
+        self._twins = Twins(llm, adapted=True)
 
     def extend(self, sequences: list[Sequence]) -> None:
-        pairs = [(slot, s) for s in sequences for slot in (s.slot, self._slots[s.slot])]
+        pairs = [(slot, s) for s in sequences for slot in (s.slot, self._twins[s.slot])]
         missing = [(slot, s.tokens_from(self._llm.lengths[slot])) for slot, s in pairs]
         missing = [(slot, tokens) for slot, tokens in missing if tokens]
         if missing:
             self.release()
             self._llm.extend(*zip(*missing, strict=True))
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        self._slots[child.slot] = self._llm.fork(self._slots[parent.slot])
-
-    def free(self, slot: int) -> None:
-        if slot in self._slots:
-            self._llm.free(self._slots.pop(slot))
-
     def _bind_slots(self, step: JointStep, sequences: list[Sequence]) -> None:
         step.bind(sequences)
-        step.bind_twins([self._slots[s.slot] for s in sequences])
+        step.bind_twins([self._twins[s.slot] for s in sequences])
 
     def _committed(self, slot: int) -> None:
         super()._committed(slot)
-        self._llm.lengths[self._slots[slot]] += 1
+        self._llm.lengths[self._twins[slot]] += 1
 
     def _verifier_rows(self, counts: list[int]) -> list[int]:
         return counts  # an unambiguous step's row extends the adapter's cache
@@ -290,36 +258,13 @@ class FullCudaPlan(VerifiedCudaPlan):
 
     def __init__(self, llm: CudaDecoder, head: CudaHead, verifier: CudaDecoder) -> None:
         super().__init__(llm, head)
-        self.verifier = verifier
-
-    def add(self, sequence: Sequence) -> None:
-        self._slots[sequence.slot] = self.verifier.allocate()
-
-    def reserve(self, sequence: Sequence, length: int) -> None:
-        self.verifier.reserve(self._slots[sequence.slot], length)
-
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        self._catch_up([parent])  # once for all forks
-        self._slots[child.slot] = self.verifier.fork(self._slots[parent.slot])
-
-    def free(self, slot: int) -> None:
-        if slot in self._slots:
-            self.verifier.free(self._slots.pop(slot))
-
-    def _skipped(self, sequence: Sequence) -> list[int]:
-        """Tokens that the verifier has not seen yet, of those that the sequence has."""
-        return sequence.tokens_from(self.verifier.lengths[self._slots[sequence.slot]])
-
-    def _catch_up(self, sequences: list[Sequence]) -> None:
-        missing = [(self._slots[s.slot], tokens) for s in sequences if (tokens := self._skipped(s))]
-        if missing:
-            self.verifier.extend(*zip(*missing, strict=True))
+        self.verifier, self._twins = verifier, Twins(verifier)
 
     def _advanced(self, slots: list[int], report: Report, verified: list[bool]) -> None:
         """The LLM has run over the picked tokens; the verifier has kept those of `verified` sequences."""
         for slot, index, kept in zip(slots, report["index"].tolist(), verified, strict=False):
             self._llm.lengths[slot] += index >= 0
-            self.verifier.lengths[self._slots[slot]] += index >= 0 and kept
+            self.verifier.lengths[self._twins[slot]] += index >= 0 and kept
 
 
 class AlwaysCudaPlan(FullCudaPlan):
@@ -330,13 +275,13 @@ class AlwaysCudaPlan(FullCudaPlan):
 
     def extend(self, sequences: list[Sequence]) -> None:
         super().extend(sequences)
-        if any(self._skipped(s) for s in sequences):
+        if any(self._twins.skipped(s) for s in sequences):
             self.release()
-            self._catch_up(sequences)
+            self._twins.catch_up(sequences)
 
     def _bind_slots(self, step: AlwaysStep, sequences: list[Sequence]) -> None:
         step.bind(sequences)
-        step.bind_verifier([self._slots[s.slot] for s in sequences])
+        step.bind_verifier([self._twins[s.slot] for s in sequences])
 
     def _begin(self, sequences: list[Sequence]) -> LateStep:
         step = self._bind(sequences, StepShape.of(sequences))
@@ -378,7 +323,7 @@ class LazyCudaPlan(FullCudaPlan):
             ids = selected["ids"][:batch].tolist()
             ids = [row[:count] if count > 1 else [] for row, count in zip(ids, counts, strict=True)]
             skipped = [self._skipped(s) if row else [] for s, row in zip(sequences, ids, strict=True)]
-            step.score([self._slots[slot] for slot in slots], skipped, ids)
+            step.score([self._twins[slot] for slot in slots], skipped, ids)
         step.decide()
         if any(ambiguous):
             step.keep_winners()
@@ -395,7 +340,8 @@ class LazyCudaPlan(FullCudaPlan):
         return late
 
     def _skipped(self, sequence: Sequence) -> list[int]:
-        tokens = super()._skipped(sequence)
-        if self._llm.lengths[sequence.slot] > len(sequence):  # the last token has not been delivered
-            tokens = [*tokens, self._last_tokens[sequence.slot]]
+        """Tokens that the verifier lacks, the one that the sequence is about to get included."""
+        tokens, slot = self._twins.skipped(sequence), sequence.slot
+        if self._llm.lengths[slot] > max(len(sequence), self._twins.length(slot)):
+            tokens = [*tokens, self._last_tokens[slot]]
         return tokens

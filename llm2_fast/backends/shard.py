@@ -1,9 +1,9 @@
 """`Shard`: the part of a decoder that one of several processes runs (tensor parallelism).
 
-Query heads, key/value heads and the features of the MLP are dealt out, so QKV, gate and up are cut by rows and the
-output and down projections by columns (Shoeybi et al., "Megatron-LM", 2019). Each process adds what it has to the others'
-twice per layer. Where there are fewer key/value heads than processes, several have the same one. Embeddings, norms and
-`lm_head` are whole everywhere, so every process sees all logits and picks the same tokens.
+Query heads, key/value heads and the features of the MLP are dealt out, so QKV, gate and up are cut by rows, the output
+and down projections by columns (Shoeybi et al., "Megatron-LM", 2019). Twice per layer the processes add up what they
+have. Where there are fewer key/value heads than processes, several have the same one. Embeddings, norms and `lm_head`
+are whole everywhere, so every process sees all logits and picks the same tokens.
 """
 
 from __future__ import annotations
