@@ -281,7 +281,7 @@ class JointStep:
             )
             branch_attention(
                 self.query, *caches, *rows, self.row_has_own, *own, shape.head_dim**-0.5, 0, self.attended,
-                self.first_row, self.attention_workspace, counted,
+                self.first_row, self.attention_workspace,
             )  # fmt: skip
             self._linear(self.attended.view(len(self.stream), -1), layer["o"], self.stream, None, self.stream)
             rms_norm(self.stream, layer["norms"][1], 1e-5, None, self.normed, None, counted)

@@ -16,11 +16,11 @@ from kernel_launches import LLAMA_3_2_1B, Launch, Load, launches
 
 # How often a joint step launches each, by layer and besides.
 _PER_LAYER = {
-    "rms_norm": 2, "linear (qkv)": 1, "rope_and_store": 1, "branch_attention": 1, "linear (o)": 1,
+    "linear (qkv)": 1, "rope_and_store": 1, "branch_attention": 1, "linear (o)": 1,
     "linear (gate_up)": 1, "linear (down)": 1,
 }  # fmt: skip
 _PER_STEP = {
-    "branch_rows": 1, "embed": 1, "rms_norm": 1, "score_head (linear)": 1, "adjust_and_pick": 1, "commit": 1,
+    "branch_rows": 1, "embed": 1, "rms_norm": 2, "score_head (linear)": 1, "adjust_and_pick": 1, "commit": 1,
     "lm_head_select": 1,
 }  # fmt: skip
 

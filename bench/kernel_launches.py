@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from llm2_fast import kernel_ops, ops, reference
+from llm2_fast.kernels.linear import WeightedRows, empty_partial, linear
 
 _BLOCK_SIZE = 16
+_EPS = 1e-5
 
 
 class Shape(NamedTuple):
@@ -206,6 +208,7 @@ def attention_launch(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) 
 
 
 def _linears(make: Maker, dtype: torch.dtype, shape: Shape, rows: int) -> Iterator[Launch]:
+    """As layers call them: a norm is begun by the product that writes the stream and ended by the one that reads it."""
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
     parts = (
         ("qkv", shape.qkv_size, hidden, None, False, 0),
@@ -214,22 +217,72 @@ def _linears(make: Maker, dtype: torch.dtype, shape: Shape, rows: int) -> Iterat
         ("down", hidden, intermediate, None, True, 0),
         ("gate_up, LoRA", 2 * intermediate, hidden, "silu_mul", False, 32),
     )
-    for name, num_weight_rows, in_features, activation, residual, rank in parts:
+    for name, num_weight_rows, in_features, activation, ends, rank in parts:
         out_features = num_weight_rows if activation is None else num_weight_rows // 2
         x = make.randn(rows, in_features, dtype=dtype)
         weight = make.randn(num_weight_rows, in_features, dtype=dtype, scale=in_features**-0.5)
+        squares = make.randn(*WeightedRows.empty(rows, in_features, dtype, torch.device("meta")).squares.shape).square()
+        written = WeightedRows.empty(rows, out_features, dtype, make.device) if ends else (None, None)
         arguments = (
-            x, weight, None, make.randn(rows, rank, dtype=dtype) if rank else None,
+            x, weight, make.randn(rows, rank, dtype=dtype) if rank else None,
             make.randn(num_weight_rows, rank, dtype=dtype) if rank else None,
             make.full(rows, value=1, dtype=torch.bool) if rank else None,
-            make.randn(rows, out_features) if residual else None, activation,
-            None if activation else torch.float32,
+            make.randn(rows, out_features) if ends else None, activation, None if activation else torch.float32,
+            None if ends else squares, make.randn(out_features) if ends else None, *written,
         )  # fmt: skip
-        written = rows * out_features * (x.element_size() if activation else 4)
+        returned = rows * out_features * (x.element_size() if activation else 4)
         yield Launch(
-            f"linear ({name})", kernel_ops._linear_cuda, reference.linear, arguments, size_of(*arguments) + written,
-            2 * rows * weight.numel(),
+            f"linear ({name})", _linear, _linear_reference, arguments, size_of(*arguments) + returned,
+            2 * rows * weight.numel(), mutated=(10, 11) if ends else (),
         )  # fmt: skip
+
+
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_hidden: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    row_adapted: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype | None,
+    squares: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    values: torch.Tensor | None,
+    value_squares: torch.Tensor | None,
+) -> torch.Tensor:
+    """`linear` with a norm before or after it. What else it writes are the last two arguments."""
+    inputs = (x, weight, None, lora_hidden, lora_b, row_adapted, residual, activation)
+    output = kernel_ops._empty_linear(*inputs, dtype)
+    weighted = None if values is None else WeightedRows(values, value_squares)
+    linear(*inputs, output, empty_partial(len(x), weight), None, squares, _EPS, norm_weight, weighted)
+    return output
+
+
+def _linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_hidden: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    row_adapted: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype | None,
+    squares: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    values: torch.Tensor | None,
+    value_squares: torch.Tensor | None,
+) -> torch.Tensor:
+    inputs = (lora_hidden, lora_b, row_adapted, residual, activation)
+    if squares is None:
+        output = reference.linear(x, weight, None, *inputs, dtype)
+    else:
+        rms = (squares.sum(dim=1, keepdim=True) / x.shape[1] + _EPS).sqrt()
+        output = reference.linear(x.float() / rms, weight, None, *inputs, dtype or x.dtype)
+    if values is not None:
+        values.copy_(output * norm_weight)
+        value_squares.copy_(output.square().view(len(x), value_squares.shape[1], -1).sum(dim=2))
+    return output
 
 
 def _small(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Iterator[Launch]:
