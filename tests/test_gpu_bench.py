@@ -37,17 +37,31 @@ def quick_engine(bench, monkeypatch):
 
 def test_every_row_of_the_engine(bench, quick_engine):
     sizes = bench.gpu_engine.TINY._replace(new_tokens=9)
-    rows = list(bench.gpu_engine.engine_rows(sizes, 1e9, lambda: False))
-    assert [(row["row"], row["batch"]) for row in rows] == [
-        ("plain", 1), ("head, 8 branches", 1), ("lora, 8 branches", 1), ("full, always, 8 branches", 1),
-        ("transformers, eager", 1), ("transformers, compiled", 1), ("full, lazy", 1), ("head, alpha 0.1", 1),
-        ("naive LLM2, head", 1), ("full, alpha 0.1", 1), ("naive LLM2, full", 1), ("plain", 2), ("head, alpha 0.1", 2),
+    rows = list(bench.gpu_engine.EngineRows(sizes, 1e9).run(lambda: False))
+    names = [
+        ("plain", 1), ("head, 8 branches", 1), ("lora, 8 branches", 1), ("full, 8 branches, always", 1),
+        ("transformers, eager", 1), ("transformers, compiled", 1), ("lm_head scaled", None), ("full, lazy", 1),
+        ("lm_head scaled", None), ("head, alpha 0.1", 1), ("naive LLM2, head", 1), ("full, alpha 0.1", 1),
+        ("naive LLM2, full", 1), ("plain", 2), ("head, at most 32", 2), ("head, at most 8", 2),
     ]  # fmt: skip
-    assert all(row["ms per step"] > 0 for row in rows)
-    assert rows[0]["x plain"] == rows[-2]["x plain"] == 1.0
+    assert [(row["row"], row.get("batch")) for row in rows] == names
+    assert not any("left out" in row for row in rows)
+    assert all(row["ms per step"] > 0 for row in rows if "batch" in row)
+    assert rows[0]["x plain"] == rows[-3]["x plain"] == 1.0
+    assert rows[0]["% of copy"] > 0
     assert all(row["mean candidates"] == 8 for row in rows if "8 branches" in row["row"])
-    left_out = [row["row"] for row in bench.gpu_engine.engine_rows(sizes, 1e9, lambda: True) if "left out" in row]
-    assert left_out == ["transformers, eager", "transformers, compiled", "naive LLM2, head", "naive LLM2, full"]
+    assert all("x own" in row for row in rows if row["row"].startswith("naive"))
+
+
+def test_rows_that_fail_or_come_late_say_so(bench, monkeypatch):
+    def make_engine(*_, **__):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(bench.gpu_engine, "make_engine", make_engine)
+    rows = bench.gpu_engine.EngineRows(bench.gpu_engine.TINY, 1e9)
+    assert next(rows.run(lambda: False)) == {"row": "plain", "left out": "RuntimeError: no kernel"}
+    assert all(row["left out"] == "no time" for row in rows.run(lambda: True))
+    assert not bench.gpu_engine.check_engine(bench.gpu_engine.TINY)
 
 
 def test_scaling_finds_the_number_of_candidates(bench, quick_engine):

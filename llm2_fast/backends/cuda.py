@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -29,7 +31,25 @@ if TYPE_CHECKING:
     from llm2_fast.backends.cuda_verified_steps import CudaHead
     from llm2_fast.backends.cuda_weights import CudaWeights
 
+_Result = TypeVar("_Result")
 _SHARE = 2  # of the free memory, once the weights are there, one part in so many is for caches unless told otherwise
+
+
+def _on_device(method: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Run a method with the model's GPU as the current one, where kernels start.
+
+    Memory that runs out there is a `MemoryError`, as it is elsewhere.
+    """
+
+    @functools.wraps(method)
+    def call(self: CudaBackend, *args: Any, **kwargs: Any) -> _Result:
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            try:
+                return method(self, *args, **kwargs)
+            except torch.cuda.OutOfMemoryError as error:
+                raise MemoryError(str(error)) from error
+
+    return call
 
 
 class CudaBackend(CompiledBackend):
@@ -62,21 +82,35 @@ class CudaBackend(CompiledBackend):
         always_verify: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
+        self._device = model.device
+        if model.device.type == "cuda" and model.device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        self._make(model, verifier, kv_cache_memory_bytes, always_verify, Shard(process_group))
+
+    @_on_device
+    def _make(
+        self,
+        model: LoadedModel,
+        verifier: Verifier | None,
+        kv_cache_memory_bytes: int | None,
+        always_verify: bool,
+        shard: Shard,
+    ) -> None:
         if (reason := self.unsupported(model, verifier)) is not None:
             raise ArgumentError("backend", "a backend for this model and verifier", f"'cuda' ({reason})")
         with triton_needed():
             from llm2_fast.backends import cuda_decoder, cuda_plans, cuda_weights
         layers = (FINAL_LAYER,) if verifier is None else tuple(verifier.head_for(model).layers)
-        head = None if verifier is None else _head_on_device(model, verifier)
+        head = None if verifier is None else _head_on_device(model, verifier, self._device)
         updates = lora_updates(model, verifier) if isinstance(verifier, LoraVerifier) else {}
-        shard, specs = Shard(process_group), cached_specs(model, verifier)
+        specs = cached_specs(model, verifier)
         for spec in specs:
             shard.check(spec)
-        weights = [cuda_weights.CudaWeights(model.source, model.device, updates, shard)]
+        weights = [cuda_weights.CudaWeights(model.source, self._device, updates, shard)]
         if isinstance(verifier, FullVerifier):
-            weights.append(cuda_weights.CudaWeights(verifier.source, model.device, shard=shard))
-        if kv_cache_memory_bytes is None and model.device.type == "cuda":
-            kv_cache_memory_bytes = shard.least(torch.cuda.mem_get_info(model.device)[0] // _SHARE, model.device)
+            weights.append(cuda_weights.CudaWeights(verifier.source, self._device, shard=shard))
+        if kv_cache_memory_bytes is None and self._device.type == "cuda":
+            kv_cache_memory_bytes = shard.least(torch.cuda.mem_get_info()[0] // _SHARE, self._device)
         super().__init__(model, verifier, kv_cache_memory_bytes, [shard.spec(spec) for spec in specs])
 
         def decoder(of: CudaWeights, source: ModelSource, caches: int, read: tuple[int, ...]):
@@ -116,17 +150,20 @@ class CudaBackend(CompiledBackend):
             return str(error)
         return None
 
+    @_on_device
     def reserve(self, sequence: Sequence) -> None:
         self._plan.check(sequence)
         self._plan.settle()
         super().reserve(sequence)
 
+    @_on_device
     def prefill(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
             self.reserve(sequence)
         self._plan.release()
         self._plan.extend(sequences)
 
+    @_on_device
     def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
         self._plan.settle()
         super().fork(parent, child, length)
@@ -134,6 +171,7 @@ class CudaBackend(CompiledBackend):
     def can_run_ahead(self, sequences: list[Sequence]) -> bool:
         return self._plan.continues(sequences)
 
+    @_on_device
     def begin_step(self, sequences: list[Sequence]) -> Callable[[], list[StepOutput]]:
         if not self._plan.continues(sequences):
             self._plan.settle()
@@ -144,6 +182,11 @@ class CudaBackend(CompiledBackend):
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
         return self.begin_step(sequences)()
 
+    @_on_device
+    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
+        return super().logits(sequences)
+
+    @_on_device
     def free(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
             self._plan.release()
@@ -153,11 +196,11 @@ class CudaBackend(CompiledBackend):
         return max(len(sequence), self._llm.lengths[sequence.slot]) + self._plan.num_unknown
 
 
-def _head_on_device(model: LoadedModel, verifier: Verifier) -> CudaHead:
+def _head_on_device(model: LoadedModel, verifier: Verifier, device: torch.device) -> CudaHead:
     from llm2_fast.backends.cuda_verified_steps import CudaHead
 
     def vector(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().float().to(model.device).contiguous()
+        return tensor.detach().float().to(device).contiguous()
 
     head = verifier.head_for(model)
     if isinstance(head, LabelHead):

@@ -208,10 +208,9 @@ class CudaDecoder:
         """A pass over rows that the host lists, of at most `sequences` slots; each slot's together."""
         rows = self.pass_rows(row_budget(len(tokens)), sequences)
         count = len(tokens)
-        packed = torch.tensor([tokens, slots, positions], dtype=torch.int32).to(self.device)
-        for target, source in zip((rows.token, rows.slot, rows.position), packed, strict=True):
+        packed = torch.tensor([tokens, slots, positions, stored], dtype=torch.int32).to(self.device)
+        for target, source in zip((rows.token, rows.slot, rows.position, rows.stored), packed, strict=True):
             target[:count].copy_(source)
-        rows.stored[:count].copy_(torch.tensor(stored))
         rows.count.fill_(count)
         key = (len(rows.token), sequences)
         if key not in self._passes:
