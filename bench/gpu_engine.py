@@ -6,6 +6,7 @@ the number of candidates matters, `lm_head` is scaled until what the engine itse
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import statistics
@@ -27,7 +28,7 @@ import llm2_fast
 from llm2_fast import Engine, GenerationConfig
 from llm2_fast.results import Generation
 from llm2_fast.schedule import Schedule
-from llm2_fast.verifier import Verifier
+from llm2_fast.verifier import FullVerifier, Verifier
 
 BRANCHES = 8
 _MEAN_CANDIDATES = 2.2  # of SmolLM2 on GSM8K at alpha 0.1
@@ -79,15 +80,19 @@ TINY = Sizes(
 
 
 def check_engine(sizes: Sizes) -> bool:
-    """Print a line per kind of verifier; whether all tokens are those of the reference backend, in float32."""
-    model = random_llama(sizes.checked, torch.float32, sizes.device, max_positions=1024, logit_std=4.0)
+    """Print a line per kind of verifier; whether all tokens are those of the reference on the CPU, in float32."""
+    model = random_llama(sizes.checked, torch.float32, "cpu", max_positions=1024)
+    on_device = copy.deepcopy(model).to(sizes.device)
     vocab_size, prompts = sizes.checked.vocab_size, [random_prompt(n, sizes.checked.vocab_size) for n in (9, 1)]
     agree = True
     for kind, always in ((None, False), ("head", False), ("lora", False), ("full", False), ("full", True)):
         name = f"{kind or 'plain'}{' always' * always}"
         try:
             verifier = random_verifier(kind, model)
-            engine = make_engine(sizes, model, verifier, max_batch_size=4, always_verify=always)
+            moved = verifier
+            if kind == "full":
+                moved = FullVerifier(copy.deepcopy(verifier.network).to(sizes.device), verifier.head.weight.data)
+            engine = make_engine(sizes, on_device, moved, max_batch_size=4, always_verify=always)
             reference = llm2_fast.load(model, verifier, backend="reference", max_batch_size=4)
             for temperature in (0.0, 1.0):
                 config = GenerationConfig(
@@ -262,9 +267,7 @@ class EngineRows:
 
     def __init__(self, sizes: Sizes, bandwidth: float) -> None:
         self._sizes = sizes
-        self._model = random_llama(
-            sizes.shape, sizes.dtype, sizes.device, max_positions=max(sizes.prefixes) + 1024, logit_std=4.0
-        )
+        self._model = random_llama(sizes.shape, sizes.dtype, sizes.device, max_positions=max(sizes.prefixes) + 1024)
         # Read once per step: all but the embedding table, which has the size of `lm_head`.
         weight_bytes = sum(p.nbytes for p in self._model.parameters()) - self._model.lm_head.weight.nbytes
         self._floor = weight_bytes / bandwidth

@@ -8,10 +8,8 @@ from typing import Any
 def markdown(results: dict[str, Any]) -> str:
     """A table of the engine and one of the kernels, under what they were measured on."""
     machine = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-    checks = "All checks passed." if results["correct"] else "**Checks failed**, so these figures mean nothing."
-    parts = [f"{machine}. {checks}"]
-    if "left out" in results:
-        parts.append(f"Left out: {results['left out']}.")
+    checks = "; ".join(f"{name} {verdict}" for name, verdict in results["checks"].items())
+    parts = [f"{machine}. Checks: {checks}."]
     parts += [f"## {name.capitalize()}\n\n{table(results[name])}" for name in ("engine", "kernels") if results[name]]
     return "\n\n".join(parts) + "\n"
 
