@@ -20,6 +20,7 @@ import triton.language as tl
 
 from llm2_fast.errors import ArgumentError
 from llm2_fast.kernels.arguments import FLOATS, check_ndim, check_output, check_range, check_tensor
+from llm2_fast.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from llm2_fast.kernels.dot import dot
 from llm2_fast.kernels.last_program import is_last
 
@@ -117,7 +118,9 @@ def _attention_kernel(
     own_key_row, own_key_head, own_value_row, own_value_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
     NUM_SPLITS: tl.constexpr, QUERIES: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     kv_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     first, end = tl.load(first_row + tl.program_id(0)), tl.load(first_row + tl.program_id(0) + 1)
     if first >= end:
@@ -270,7 +273,7 @@ def branch_attention(
         *own_key.stride()[:2], *own_value.stride()[:2],
         GROUP=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, WINDOWED=sliding_window > 0,
         NUM_SPLITS=NUM_SPLITS, QUERIES=tiling.queries, DIMS=dims, CHUNK=tiling.chunk,
-        num_warps=tiling.num_warps, num_stages=3, enable_fp_fusion=True,
+        num_warps=tiling.num_warps, num_stages=3, enable_fp_fusion=True, **dependent_launch(),
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ import triton.language as tl
 from llm2_fast.errors import ArgumentError
 from llm2_fast.kernels.activation import GATED, gated
 from llm2_fast.kernels.arguments import FLOATS, check_ndim, check_num_rows, check_output, check_range, check_tensor
+from llm2_fast.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from llm2_fast.kernels.dot import dot
 from llm2_fast.kernels.last_program import is_last
 from llm2_fast.kernels.rms_norm import inverse_rms
@@ -57,7 +58,7 @@ def _num_squares(size: int) -> int:
     return triton.cdiv(size, _squares_size(size))
 
 
-class _Tiling(NamedTuple):
+class Tiling(NamedTuple):
     """Shape of a program."""
 
     rows: int
@@ -67,7 +68,7 @@ class _Tiling(NamedTuple):
     num_stages: int
 
     @classmethod
-    def of(cls, rows: int, weight_rows: int, dtype: torch.dtype, least_features: int) -> _Tiling:
+    def of(cls, rows: int, weight_rows: int, dtype: torch.dtype, least_features: int) -> Tiling:
         if dtype == torch.float32:  # no matrix units: every product takes registers
             return cls(rows=16, features=max(32, least_features), depth=32, num_warps=4, num_stages=2)
         # At most 32 rows: from 64 on Triton would take another matrix instruction.
@@ -154,18 +155,27 @@ def _store_weighted(
 
 
 @triton.jit
-def _finish(
-    y, early_squares, tile, rows, in_rows, weight_rows, in_weight, x_squares, eps, bias, lora_hidden, lora_b,
-    row_adapted, residual, output, norm_weight, values, squares,
-    out_features, rank, lora_row, lora_b_row, residual_row,
-    IN_FEATURES: tl.constexpr, ACTIVATION: tl.constexpr, FEATURES: tl.constexpr, RANKS: tl.constexpr,
-    NUM_X_SQUARES: tl.constexpr, NUM_SQUARES: tl.constexpr, SQUARES_SIZE: tl.constexpr,
+def load_early(squares, sums, rows, in_rows, ROWS: tl.constexpr, NUM_SQUARES: tl.constexpr):
+    """What `updated` takes: squares that are there before they are needed, or None.
+
+    More rows would take too many registers meanwhile, and with segments most programs need none.
+    """
+    early = None
+    if sums is None and squares is not None and ROWS == 16:
+        early = load_squares(squares, rows, in_rows, NUM_SQUARES)
+    return early
+
+
+@triton.jit
+def updated(
+    y, early_squares, rows, in_rows, weight_rows, in_weight, squares, eps, bias, lora_hidden, lora_b, row_adapted,
+    rank, lora_row, lora_b_row, IN_FEATURES: tl.constexpr, RANKS: tl.constexpr, NUM_SQUARES: tl.constexpr,
 ):  # fmt: skip
-    """Epilogue of a tile and its store."""
+    """A tile of sums after the division by the root mean square, the bias and the low-rank update."""
     if early_squares is not None:
         y = divided_by_rms(y, early_squares, eps, IN_FEATURES)
-    elif x_squares is not None:
-        y = divided_by_rms(y, load_squares(x_squares, rows, in_rows, NUM_X_SQUARES), eps, IN_FEATURES)
+    elif squares is not None:
+        y = divided_by_rms(y, load_squares(squares, rows, in_rows, NUM_SQUARES), eps, IN_FEATURES)
     if bias is not None:
         y += tl.load(bias + weight_rows, mask=in_weight, other=0.0).to(tl.float32)[None, :]
     if lora_hidden is not None:
@@ -177,30 +187,26 @@ def _finish(
         )
         adapted = dot(t, tl.trans(b), y)
         y = tl.where((tl.load(row_adapted + rows, mask=in_rows, other=0) != 0)[:, None], adapted, y)
-    if ACTIVATION is None:
-        features = tile * FEATURES + tl.arange(0, FEATURES)
-    else:
-        gate, up = tl.split(tl.reshape(y, (y.shape[0], FEATURES // 2, 2)))
-        y = gated(gate, up, ACTIVATION)
-        features = tile * (FEATURES // 2) + tl.arange(0, FEATURES // 2)
-    inside = in_rows[:, None] & (features < out_features)[None, :]
-    if residual is not None:
-        y += tl.load(residual + rows[:, None] * residual_row + features[None, :], mask=inside, other=0.0).to(tl.float32)
-    at = rows[:, None] * out_features + features[None, :]
-    stored = y.to(output.dtype.element_ty)
-    tl.store(output + at, stored, mask=inside)
-    if norm_weight is not None:
-        _store_weighted(
-            stored.to(tl.float32), tile, rows, in_rows, features, features < out_features, norm_weight, values, squares,
-            out_features, NUM_SQUARES, SQUARES_SIZE,
-        )  # fmt: skip
+    return y
 
 
 @triton.jit
-def _sum_of_segments(
+def is_last_segment(
+    y, sums, counters, tile, segment, rows, in_rows, weight_rows, in_weight, max_rows, num_weight_rows,
+    SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Leave the sums of a segment, float32 [ROWS, FEATURES]; whether they were the last ones of their tile."""
+    at = (segment * max_rows + rows) * num_weight_rows
+    tl.store(sums + at[:, None] + weight_rows[None, :], y, mask=in_rows[:, None] & in_weight[None, :])
+    return is_last(counters + tl.program_id(0) * tl.num_programs(1) + tile, SEGMENTS)
+
+
+@triton.jit
+def sum_of_segments(
     sums, rows, in_rows, weight_rows, in_weight, max_rows, num_weight_rows,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
+    """float32 [ROWS, FEATURES]."""
     y = tl.zeros((ROWS, FEATURES), tl.float32)
     inside = in_rows[:, None] & in_weight[None, :]
     for segment in tl.static_range(SEGMENTS):
@@ -215,39 +221,53 @@ def _linear_kernel(
     num_rows, sums, counters, max_rows, out_features, rank, x_row, weight_row, lora_row, lora_b_row, residual_row,
     IN_FEATURES: tl.constexpr, SEGMENT: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
     FEATURES: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr, NUM_X_SQUARES: tl.constexpr,
-    NUM_SQUARES: tl.constexpr, SQUARES_SIZE: tl.constexpr,
+    NUM_SQUARES: tl.constexpr, SQUARES_SIZE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     tile, segment = tl.program_id(1), tl.program_id(2)
+    SEGMENTS: tl.constexpr = (IN_FEATURES + SEGMENT - 1) // SEGMENT
+    num_weight_rows = out_features if ACTIVATION is None else 2 * out_features
     count = row_count(max_rows, num_rows)
     if tl.program_id(0) * ROWS >= count:
         return
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     in_rows = rows < count
     weight_rows, in_weight = _weight_rows(tile, out_features, FEATURES, ACTIVATION is not None)
-    early_squares = None
-    if sums is None and x_squares is not None and ROWS == 16:  # else they would take too many registers
-        early_squares = load_squares(x_squares, rows, in_rows, NUM_X_SQUARES)
+    early_squares = load_early(x_squares, sums, rows, in_rows, ROWS, NUM_X_SQUARES)
     begin = segment * SEGMENT
     y = accumulate(
         x, weight, rows, in_rows, weight_rows, in_weight, begin, tl.minimum(begin + SEGMENT, IN_FEATURES),
         x_row, weight_row, ROWS, FEATURES, DEPTH,
     )  # fmt: skip
     if sums is not None:
-        num_weight_rows = out_features if ACTIVATION is None else 2 * out_features
-        at = (segment * max_rows + rows) * num_weight_rows
-        tl.store(sums + at[:, None] + weight_rows[None, :], y, mask=in_rows[:, None] & in_weight[None, :])
-        SEGMENTS: tl.constexpr = (IN_FEATURES + SEGMENT - 1) // SEGMENT
-        if not is_last(counters + tl.program_id(0) * tl.num_programs(1) + tile, SEGMENTS):
+        if not is_last_segment(
+            y, sums, counters, tile, segment, rows, in_rows, weight_rows, in_weight, max_rows, num_weight_rows, SEGMENTS
+        ):
             return
-        y = _sum_of_segments(
+        y = sum_of_segments(
             sums, rows, in_rows, weight_rows, in_weight, max_rows, num_weight_rows, SEGMENTS, ROWS, FEATURES
         )
-    _finish(
-        y, early_squares, tile, rows, in_rows, weight_rows, in_weight, x_squares, eps, bias, lora_hidden, lora_b,
-        row_adapted, residual, output, norm_weight, values, squares,
-        out_features, rank, lora_row, lora_b_row, residual_row,
-        IN_FEATURES, ACTIVATION, FEATURES, RANKS, NUM_X_SQUARES, NUM_SQUARES, SQUARES_SIZE,
+    y = updated(
+        y, early_squares, rows, in_rows, weight_rows, in_weight, x_squares, eps, bias, lora_hidden, lora_b, row_adapted,
+        rank, lora_row, lora_b_row, IN_FEATURES, RANKS, NUM_X_SQUARES,
     )  # fmt: skip
+    if ACTIVATION is None:
+        features = tile * FEATURES + tl.arange(0, FEATURES)
+    else:
+        gate, up = tl.split(tl.reshape(y, (ROWS, FEATURES // 2, 2)))
+        y = gated(gate, up, ACTIVATION)
+        features = tile * (FEATURES // 2) + tl.arange(0, FEATURES // 2)
+    in_features = features < out_features
+    inside = in_rows[:, None] & in_features[None, :]
+    if residual is not None:
+        y += tl.load(residual + rows[:, None] * residual_row + features[None, :], mask=inside, other=0.0).to(tl.float32)
+    stored = y.to(output.dtype.element_ty)
+    tl.store(output + rows[:, None] * out_features + features[None, :], stored, mask=inside)
+    if norm_weight is not None:
+        _store_weighted(
+            stored.to(tl.float32), tile, rows, in_rows, features, in_features, norm_weight, values, squares,
+            out_features, NUM_SQUARES, SQUARES_SIZE,
+        )  # fmt: skip
 
 
 def _segment_size(weight_rows: int, in_features: int) -> int:
@@ -276,6 +296,82 @@ def empty_partial(rows: int, weight: torch.Tensor) -> Partial | None:
 def _num_counters(rows: int, num_weight_rows: int) -> int:
     """One for each of the smallest tiles."""
     return triton.cdiv(rows, 16) * triton.cdiv(num_weight_rows, 16)
+
+
+class Product(NamedTuple):
+    """Checked arguments of a product as kernels take them."""
+
+    rows: int
+    num_weight_rows: int
+    in_features: int
+    dtype: torch.dtype
+    rank: int  # 0 without a low-rank update
+    lora_strides: tuple[int, int]
+    row_adapted: torch.Tensor | None  # uint8
+    partial: tuple[torch.Tensor | None, torch.Tensor | None]
+
+    @classmethod
+    def of(
+        cls,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora_hidden: torch.Tensor | None,
+        lora_b: torch.Tensor | None,
+        row_adapted: torch.Tensor | None,
+        squares: torch.Tensor | None,
+        partial: Partial | None,
+    ) -> Product:
+        """See `linear`."""
+        check_ndim("x", x, 2)
+        check_ndim("weight", weight, 2)
+        (rows, in_features), device, dtype = x.shape, x.device, x.dtype
+        num_weight_rows = weight.shape[0]
+        check_tensor("x", x, FLOATS, (rows, in_features), device)
+        check_tensor("weight", weight, dtype, (num_weight_rows, in_features), device)
+        check_range("in_features of x", in_features, 1)
+        check_range("rows of weight", num_weight_rows, 1)
+        if bias is not None:
+            check_tensor("bias", bias, FLOATS, (num_weight_rows,), device)
+        rank = _check_lora(lora_hidden, lora_b, row_adapted, rows, num_weight_rows, dtype, device)
+        if squares is not None:
+            check_output("squares", squares, torch.float32, (rows, _num_squares(in_features)), device)
+        segments = triton.cdiv(in_features, _segment_size(num_weight_rows, in_features))
+        if segments > 1:
+            if partial is None:
+                raise ArgumentError("partial", f"a workspace for {segments} segments", None)
+            check_output("partial.sums", partial.sums, torch.float32, (segments, rows, num_weight_rows), device)
+            counters = (_num_counters(rows, num_weight_rows),)
+            check_output("partial.counters", partial.counters, torch.int32, counters, device)
+        return cls(
+            rows, num_weight_rows, in_features, dtype, rank,
+            (0, 0) if rank == 0 else (lora_hidden.stride(0), lora_b.stride(0)),
+            None if row_adapted is None else row_adapted.view(torch.uint8),
+            (None, None) if segments == 1 else tuple(partial),
+        )  # fmt: skip
+
+    @property
+    def segment(self) -> int:
+        """Input features of a segment."""
+        return _segment_size(self.num_weight_rows, self.in_features)
+
+    def tiling(self, least_features: int) -> Tiling:
+        """The shape of the programs, with no fewer features each."""
+        return Tiling.of(self.rows, self.num_weight_rows, self.dtype, least_features)
+
+    def grid(self, tiling: Tiling) -> tuple[int, int, int]:
+        """Row tiles, feature tiles, segments."""
+        tiles = triton.cdiv(self.rows, tiling.rows), triton.cdiv(self.num_weight_rows, tiling.features)
+        return *tiles, triton.cdiv(self.in_features, self.segment)
+
+    def options(self, tiling: Tiling) -> dict[str, int]:
+        """What is constant in a compiled kernel, and how to launch it."""
+        return {
+            "IN_FEATURES": self.in_features, "SEGMENT": self.segment, "ROWS": tiling.rows, "FEATURES": tiling.features,
+            "DEPTH": tiling.depth, "RANKS": max(16, triton.next_power_of_2(self.rank)),
+            "NUM_X_SQUARES": _num_squares(self.in_features), "num_warps": tiling.num_warps,
+            "num_stages": tiling.num_stages, "enable_fp_fusion": True, **dependent_launch(),
+        }  # fmt: skip
 
 
 def linear(
@@ -321,52 +417,27 @@ def linear(
     Raises:
         ArgumentError: An argument has the wrong shape, dtype, strides, device or value.
     """
-    check_ndim("x", x, 2)
-    check_ndim("weight", weight, 2)
-    (rows, in_features), device, dtype = x.shape, x.device, x.dtype
-    num_weight_rows = weight.shape[0]
-    check_tensor("x", x, FLOATS, (rows, in_features), device)
-    check_tensor("weight", weight, dtype, (num_weight_rows, in_features), device)
-    check_range("in_features of x", in_features, 1)
-    check_range("rows of weight", num_weight_rows, 1)
+    product = Product.of(x, weight, bias, lora_hidden, lora_b, row_adapted, squares, partial)
+    rows, device, num_weight_rows = len(x), x.device, len(weight)
     if activation is not None and activation not in GATED:
         raise ArgumentError("activation", f"None or one of {', '.join(map(repr, GATED))}", repr(activation))
     if activation is not None and num_weight_rows % 2 != 0:
         raise ArgumentError("rows of weight", f"an even number for {activation}", num_weight_rows)
     out_features = num_weight_rows if activation is None else num_weight_rows // 2
-    if bias is not None:
-        check_tensor("bias", bias, FLOATS, (num_weight_rows,), device)
-    rank = _check_lora(lora_hidden, lora_b, row_adapted, rows, num_weight_rows, dtype, device)
     _check_weighted(norm_weight, weighted, activation, rows, out_features, device)
     if residual is not None:
         check_tensor("residual", residual, FLOATS, (rows, out_features), device)
     check_output("output", output, FLOATS, (rows, out_features), device)
-    segment = _segment_size(num_weight_rows, in_features)
-    segments = triton.cdiv(in_features, segment)
-    if segments > 1:
-        if partial is None:
-            raise ArgumentError("partial", f"a workspace for {segments} segments", None)
-        check_output("partial.sums", partial.sums, torch.float32, (segments, rows, num_weight_rows), device)
-        counters = (_num_counters(rows, num_weight_rows),)
-        check_output("partial.counters", partial.counters, torch.int32, counters, device)
-    if squares is not None:
-        check_output("squares", squares, torch.float32, (rows, _num_squares(in_features)), device)
     check_num_rows(num_rows, device)
     if rows == 0:
         return
     size = 16 if weighted is None else _squares_size(out_features)
-    tiling = _Tiling.of(rows, num_weight_rows, dtype, size)
-    row_adapted = None if row_adapted is None else row_adapted.view(torch.uint8)
-    grid = (triton.cdiv(rows, tiling.rows), triton.cdiv(num_weight_rows, tiling.features), segments)
-    _linear_kernel[grid](
-        x, weight, squares, eps, bias, lora_hidden, lora_b, row_adapted, residual, output, norm_weight,
-        *(weighted or (None, None)), num_rows, *(partial if segments > 1 else (None, None)), rows, out_features, rank,
-        x.stride(0), weight.stride(0), *((0, 0) if rank == 0 else (lora_hidden.stride(0), lora_b.stride(0))),
-        0 if residual is None else residual.stride(0),
-        IN_FEATURES=in_features, SEGMENT=segment, ACTIVATION=activation, ROWS=tiling.rows, FEATURES=tiling.features,
-        DEPTH=tiling.depth, RANKS=max(16, triton.next_power_of_2(rank)), NUM_X_SQUARES=_num_squares(in_features),
-        NUM_SQUARES=_num_squares(out_features), SQUARES_SIZE=size,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages, enable_fp_fusion=True,
+    tiling = product.tiling(size)
+    _linear_kernel[product.grid(tiling)](
+        x, weight, squares, eps, bias, lora_hidden, lora_b, product.row_adapted, residual, output, norm_weight,
+        *(weighted or (None, None)), num_rows, *product.partial, rows, out_features, product.rank,
+        x.stride(0), weight.stride(0), *product.lora_strides, 0 if residual is None else residual.stride(0),
+        ACTIVATION=activation, NUM_SQUARES=_num_squares(out_features), SQUARES_SIZE=size, **product.options(tiling),
     )  # fmt: skip
 
 

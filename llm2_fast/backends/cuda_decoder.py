@@ -14,6 +14,7 @@ from llm2_fast.errors import ArgumentError, CacheFullError
 from llm2_fast.kernels.branch_attention import Workspace, branch_attention, tile_rows
 from llm2_fast.kernels.embed import embed
 from llm2_fast.kernels.linear import WeightedRows, empty_partial, linear
+from llm2_fast.kernels.project_heads import project_heads
 from llm2_fast.kernels.rms_norm import rms_norm
 from llm2_fast.kernels.rope_and_store import rope_and_store
 from llm2_fast.kernels.row_tiles import plan_row_tiles
@@ -260,11 +261,16 @@ class CudaDecoder:
         caches = self.key_cache[index], self.value_cache[index]
         own = rows.own_key[index], rows.own_value[index]
         where = self.block_table, rows.slot, rows.position
-        self._linear(rows, rows.weighted.values, layer.linears["qkv"], rows.qkv, squares=squares)
-        rope_and_store(
-            rows.qkv, rows.cosine[layer.rotary_table], rows.sine[layer.rotary_table], layer.norms.get("q_norm"),
-            layer.norms.get("k_norm"), spec.rms_norm_eps, *caches, *where, rows.stored, rows.query, *own, rows.count,
-        )  # fmt: skip
+        angles = rows.cosine[layer.rotary_table], rows.sine[layer.rotary_table]
+        heads = (*caches, *where, rows.stored, rows.query, *own)
+        x, qkv, eps = rows.weighted.values, layer.linears["qkv"], spec.rms_norm_eps
+        if "q_norm" in layer.norms or "k_norm" in layer.norms:
+            norms = layer.norms.get("q_norm"), layer.norms.get("k_norm")
+            self._linear(rows, x, qkv, rows.qkv, squares=squares)
+            rope_and_store(rows.qkv, *angles, *norms, eps, *heads, rows.count)
+        else:
+            update, partial = self._update(rows, x, qkv, squares), rows.partials[tuple(qkv.weight.shape)]
+            project_heads(x, qkv.weight, qkv.bias, *update, *angles, *heads, partial, rows.count, squares, eps)
         branch_attention(
             rows.query, *caches, *where, rows.has_own, *own, spec.attention_scale, layer.sliding_window, rows.attended,
             rows.first_row, rows.workspace,
@@ -301,17 +307,22 @@ class CudaDecoder:
         squares: torch.Tensor | None = None,
         next_norm: torch.Tensor | None = None,
     ) -> None:
-        update, eps = (None, None, None), self.spec.rms_norm_eps
-        if layer.lora_a is not None:
-            hidden = rows.lora_hidden[len(layer.lora_a)]
-            partial = rows.partials[tuple(layer.lora_a.shape)]
-            linear(x, layer.lora_a, None, None, None, None, None, None, hidden, partial, rows.count, squares, eps)
-            update = (hidden, layer.lora_b, rows.adapted)
-        partial = rows.partials[tuple(layer.weight.shape)]
+        update, partial = self._update(rows, x, layer, squares), rows.partials[tuple(layer.weight.shape)]
         linear(
-            x, layer.weight, layer.bias, *update, residual, activation, output, partial, rows.count, squares, eps,
-            next_norm, None if next_norm is None else rows.weighted,
+            x, layer.weight, layer.bias, *update, residual, activation, output, partial, rows.count, squares,
+            self.spec.rms_norm_eps, next_norm, None if next_norm is None else rows.weighted,
         )  # fmt: skip
+
+    def _update(
+        self, rows: PassRows, x: torch.Tensor, layer: CudaLinear, squares: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The low-rank update of a linear layer as launchers take it, A x computed."""
+        if layer.lora_a is None:
+            return None, None, None
+        hidden, partial = rows.lora_hidden[len(layer.lora_a)], rows.partials[tuple(layer.lora_a.shape)]
+        eps = self.spec.rms_norm_eps
+        linear(x, layer.lora_a, None, None, None, None, None, None, hidden, partial, rows.count, squares, eps)
+        return hidden, layer.lora_b, rows.adapted
 
     def _keep_features(self, rows: PassRows, layer: int, states: torch.Tensor) -> None:
         """Copy hidden states that a score head reads beside others."""
