@@ -12,6 +12,7 @@ import llm2_fast
 import tiny
 from llm2_fast import ArgumentError, GenerationConfig
 from llm2_fast.backends import cache_budget, cached_decoder, cuda_decoder
+from llm2_fast.backends.report import Report
 from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.models.spec import DecoderSpec
 from llm2_fast.sequence import Sequence
@@ -166,6 +167,40 @@ def test_preempted_samples_go_on_as_if_nothing_had_happened(kind, monkeypatch):
     little = engine.generate(prompts, options)
     assert everything(little) == everything(plenty)
     assert sum(r.stats.preemptions for r in little) > 0 == sum(r.stats.preemptions for r in plenty)
+
+
+@pytest.mark.parametrize("kind", [None, "full"])
+def test_steps_begin_before_the_last_tokens_are_known(kind, monkeypatch):
+    """And what they compute for a sample that has ended meanwhile is dropped."""
+    model, verifier = make("llama", kind, num_hidden_layers=1)
+    engine = load(model, verifier)
+    begin, plan, ahead = engine._backend.begin_step, engine._backend._plan, []
+
+    def begin_step(sequences):
+        ahead.append(plan.num_unknown)
+        return begin(sequences)
+
+    monkeypatch.setattr(engine._backend, "begin_step", begin_step)
+    options = config(max_candidates=2)
+    full_length = everything(engine.generate(PROMPTS, options))
+    assert ahead == [0, 1, 1]
+    first, second = (tokens for tokens, _, _ in full_length)
+    assert first[1] not in [first[0], *second]
+    monkeypatch.setattr(engine, "_eos_token_ids", (first[1],))
+    ended, other = everything(engine.generate(PROMPTS, options.merge(ignore_eos=False)))
+    assert ended == tuple(values[:2] for values in full_length[0])
+    assert other == full_length[1]
+
+
+def test_reports_outlive_two_more_transfers():
+    report = Report({"token": (torch.int32, (2,)), "cut": (torch.bool, (1,))}, torch.device("cpu"))
+    receipts = []
+    for step in range(4):
+        report.device["token"].fill_(step)
+        report.device["cut"].fill_(step % 2)
+        receipts.append(report.send())
+    assert [receipt.wait()["token"].tolist() for receipt in receipts[1:]] == [[1, 1], [2, 2], [3, 3]]
+    assert [receipt.wait()["cut"].item() for receipt in receipts[1:]] == [True, False, True]
 
 
 class OnlyInPlace(TorchDispatchMode):
