@@ -16,7 +16,7 @@ from llm2_fast.backends.cuda_decoder import CudaDecoder
 from llm2_fast.backends.cuda_plain_step import PlainStep, takes_largest
 from llm2_fast.backends.cuda_step import Step, StepShape
 from llm2_fast.backends.cuda_verified_steps import AlwaysStep, CudaHead, JointStep, LazyStep
-from llm2_fast.backends.late_step import LateStep, Report
+from llm2_fast.backends.late_step import LateStep, Reported
 from llm2_fast.backends.outputs import step_outputs
 from llm2_fast.backends.report import Receipt
 from llm2_fast.errors import ArgumentError
@@ -42,6 +42,8 @@ class CudaPlan(CompiledPlan, ABC):
 
     def begin(self, sequences: list[Sequence]) -> Callable[[], list[StepOutput]]:
         """Enqueue the choice of each sequence's next token. What is returned waits for it."""
+        for step in self._late[:-1]:
+            step.outputs()  # before its report is overwritten
         begun = [self._begin(part) for part in self._parts(sequences)]
         return lambda: [output for step in begun for output in step.outputs()]
 
@@ -82,7 +84,7 @@ class CudaPlan(CompiledPlan, ABC):
     def _begin(self, sequences: list[Sequence]) -> LateStep: ...
 
     def _enqueue(
-        self, step: Step, note: Callable[[Report], None], build: Callable[[Report], list[StepOutput]]
+        self, step: Step, note: Callable[[Reported], None], build: Callable[[Reported], list[StepOutput]]
     ) -> LateStep:
         """Both parts of a step; the report is on its way while the second runs."""
         step.decide()
@@ -91,10 +93,8 @@ class CudaPlan(CompiledPlan, ABC):
         return self._track(receipt, note, build)
 
     def _track(
-        self, receipt: Receipt, note: Callable[[Report], None], build: Callable[[Report], list[StepOutput]]
+        self, receipt: Receipt, note: Callable[[Reported], None], build: Callable[[Reported], list[StepOutput]]
     ) -> LateStep:
-        for step in self._late[:-1]:
-            step.outputs()  # before its report is overwritten
         self._late = [*self._late[-1:], LateStep(receipt, note, build)]
         return self._late[-1]
 
@@ -149,14 +149,14 @@ class PlainCudaPlan(CudaPlan):
     def _begin(self, sequences: list[Sequence]) -> LateStep:
         slots = [s.slot for s in sequences]
 
-        def note(report: Report) -> None:
+        def note(report: Reported) -> None:
             for slot, token in zip(slots, report["token"].tolist(), strict=False):
                 self._llm.lengths[slot] += token >= 0
 
         return self._enqueue(self._plain_step(sequences), note, lambda report: self._outputs(sequences, report))
 
     @staticmethod
-    def _outputs(sequences: list[Sequence], report: Report) -> list[StepOutput]:
+    def _outputs(sequences: list[Sequence], report: Reported) -> list[StepOutput]:
         batch = len(sequences)
         values = {name: values[:batch] for name, values in report.items()}
         greedy = torch.tensor([takes_largest(s) for s in sequences])
@@ -185,7 +185,7 @@ class VerifiedCudaPlan(CudaPlan):
 
     @staticmethod
     def _outputs(
-        sequences: list[Sequence], selected: Report, report: Report, first: int, verifier_rows: list[int]
+        sequences: list[Sequence], selected: Reported, report: Reported, first: int, verifier_rows: list[int]
     ) -> list[StepOutput]:
         """Of a report whose scores of sequence b begin at row `first_row[first + b]`; candidates are in `selected`."""
         batch = len(sequences)
@@ -206,12 +206,12 @@ class JointCudaPlan(VerifiedCudaPlan):
         step = self._bind(sequences, StepShape.of(sequences))
         slots, first = [s.slot for s in sequences], step.shape.batch * (self.rows_per_branch - 1)
 
-        def note(report: Report) -> None:
+        def note(report: Reported) -> None:
             for slot, index in zip(slots, report["index"].tolist(), strict=False):
                 if index >= 0:
                     self._committed(slot)
 
-        def build(report: Report) -> list[StepOutput]:
+        def build(report: Reported) -> list[StepOutput]:
             rows = self._verifier_rows(report["count"][: len(sequences)].tolist())
             return self._outputs(sequences, report, report, first, rows)
 
@@ -260,7 +260,7 @@ class FullCudaPlan(VerifiedCudaPlan):
         super().__init__(llm, head)
         self.verifier, self._twins = verifier, Twins(verifier)
 
-    def _advanced(self, slots: list[int], report: Report, verified: list[bool]) -> None:
+    def _advanced(self, slots: list[int], report: Reported, verified: list[bool]) -> None:
         """The LLM has run over the picked tokens; the verifier has kept those of `verified` sequences."""
         for slot, index, kept in zip(slots, report["index"].tolist(), verified, strict=False):
             self._llm.lengths[slot] += index >= 0
@@ -304,7 +304,7 @@ class LazyCudaPlan(FullCudaPlan):
 
     def __init__(self, llm: CudaDecoder, head: CudaHead, verifier: CudaDecoder) -> None:
         super().__init__(llm, head, verifier)
-        self._selected: Callable[[], Report] | None = None  # waits for the next step's candidates
+        self._selected: Callable[[], Reported] | None = None  # waits for the next step's candidates
         self._last_tokens: dict[int, int] = {}  # by slot, that the last step known has picked
 
     def _make(self, shape: StepShape) -> Step:
@@ -330,7 +330,7 @@ class LazyCudaPlan(FullCudaPlan):
         step.advance()
         rows = [len(skipped[b]) + counts[b] if ambiguous[b] else 0 for b in range(batch)]
 
-        def note(report: Report) -> None:
+        def note(report: Reported) -> None:
             self._advanced(slots, report, ambiguous)
             tokens = zip(slots, report["token"].tolist(), strict=False)
             self._last_tokens = {slot: token for slot, token in tokens if token >= 0}

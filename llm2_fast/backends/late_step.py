@@ -9,7 +9,7 @@ import torch
 from llm2_fast.backends.report import Receipt
 from llm2_fast.results import StepOutput
 
-Report = dict[str, torch.Tensor]
+Reported = dict[str, torch.Tensor]  # on the host, by name
 
 
 class LateStep:
@@ -22,10 +22,10 @@ class LateStep:
     """
 
     def __init__(
-        self, receipt: Receipt, note: Callable[[Report], None], build: Callable[[Report], list[StepOutput]]
+        self, receipt: Receipt, note: Callable[[Reported], None], build: Callable[[Reported], list[StepOutput]]
     ) -> None:
         self._receipt, self._note, self._build = receipt, note, build
-        self._report: Report | None = None
+        self._report: Reported | None = None
         self._outputs: list[StepOutput] | None = None
 
     @property
@@ -33,7 +33,7 @@ class LateStep:
         """The host has waited for it."""
         return self._report is not None
 
-    def wait(self) -> Report:
+    def wait(self) -> Reported:
         """Wait for the report."""
         if self._report is None:
             self._report = self._receipt.wait()
