@@ -299,20 +299,20 @@ class EngineRows:
                     f"{kind}, {BRANCHES} branches{', always' * (kind == 'full')}",
                     partial(self._decode, kind, prefix, target=target, always=kind == "full", options=branches),
                 )
-        yield "transformers, eager", partial(self._transformers, first, False, target="at least 10 x plain")
-        yield "transformers, compiled", partial(self._transformers, first, True, target="at least 2 x plain")
         yield "full, 20 % ambiguous", self._scale_to_ambiguous
         for prefix in self._sizes.prefixes:
             yield "full, lazy", partial(self._decode, "full", prefix, target="at most 1.3 x plain")
         yield "head, mean 2.2", self._scale_to_mean
-        for kind in ("head", "full"):
-            yield f"{kind}, alpha 0.1", partial(self._decode, kind, first)
-            yield f"naive LLM2, {kind}", partial(self._naive, kind, first, target=f"at least 15 x {kind}")
         yield "plain", partial(self._decode, None, first, batch)
         target = "throughput at least 0.85 x plain"
         for width in (32, BRANCHES):
             options = {"max_candidates": min(width, self._sizes.shape.vocab_size)}
             yield f"head, at most {width}", partial(self._decode, "head", first, batch, target=target, options=options)
+        yield "transformers, eager", partial(self._transformers, first, False, target="at least 10 x plain")
+        yield "transformers, compiled", partial(self._transformers, first, True, target="at least 2 x plain")
+        for kind in ("head", "full"):
+            yield f"{kind}, alpha 0.1", partial(self._decode, kind, first)
+            yield f"naive LLM2, {kind}", partial(self._naive, kind, first, target=f"at least 15 x {kind}")
 
     def _row(self, name: str, timing: Timing, prefix: int, batch: int = 1, target: str = "") -> dict[str, Any]:
         row = {"row": name, "prefix": prefix, "batch": batch, "ms per step": round(1e3 * timing.seconds, 4)}

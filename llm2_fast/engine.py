@@ -78,8 +78,8 @@ def load(
         always_verify: A `full` verifier scores the candidates of every step, not of ambiguous ones only. No token
             changes; a step costs more, but never waits to know whether it is ambiguous. For the cuda backend.
         process_group: Of `torch.distributed`: its processes, a GPU each, share the work and the caches of the LLM and
-            of a `full` verifier (tensor parallelism). All of them make the same calls with the same arguments and get
-            the same results. The bound on caches is per process. For the cuda backend.
+            of a `full` verifier (tensor parallelism). All of them make the same calls in the same order and get the
+            same results. The bound on caches is per process. For the cuda backend.
         allow_pickle: Also read pickled weights, which can run code while they load.
 
     Raises:

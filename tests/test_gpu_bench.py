@@ -40,14 +40,14 @@ def test_every_row_of_the_engine(bench, quick_engine):
     rows = list(bench.gpu_engine.EngineRows(sizes, 1e9).run(lambda: False))
     names = [
         ("plain", 1), ("head, 8 branches", 1), ("lora, 8 branches", 1), ("full, 8 branches, always", 1),
-        ("transformers, eager", 1), ("transformers, compiled", 1), ("lm_head scaled", None), ("full, lazy", 1),
-        ("lm_head scaled", None), ("head, alpha 0.1", 1), ("naive LLM2, head", 1), ("full, alpha 0.1", 1),
-        ("naive LLM2, full", 1), ("plain", 2), ("head, at most 32", 2), ("head, at most 8", 2),
+        ("lm_head scaled", None), ("full, lazy", 1), ("lm_head scaled", None), ("plain", 2), ("head, at most 32", 2),
+        ("head, at most 8", 2), ("transformers, eager", 1), ("transformers, compiled", 1), ("head, alpha 0.1", 1),
+        ("naive LLM2, head", 1), ("full, alpha 0.1", 1), ("naive LLM2, full", 1),
     ]  # fmt: skip
     assert [(row["row"], row.get("batch")) for row in rows] == names
     assert not any("left out" in row for row in rows)
     assert all(row["ms per step"] > 0 for row in rows if "batch" in row)
-    assert rows[0]["x plain"] == rows[-3]["x plain"] == 1.0
+    assert all(row["x plain"] == 1.0 for row in rows if row["row"] == "plain")
     assert rows[0]["% of copy"] > 0
     assert all(row["mean candidates"] == 8 for row in rows if "8 branches" in row["row"])
     assert all("x own" in row for row in rows if row["row"].startswith("naive"))
