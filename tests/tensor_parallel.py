@@ -18,11 +18,12 @@ from verifiers import head_verifier, lora_case
 
 PROMPTS = [[5, 6, 7, 8], [3]]
 SIZE = 2
-# Key/value heads dealt out, and one that both processes have; biases of QKV; norms behind the projections.
+# Key/value heads dealt out, and one that both processes have; biases of all projections; norms behind the projections.
+BIASES = {"attention_bias": True, "mlp_bias": True}
 CASES = {
     "plain": ("qwen2", None, {"num_key_value_heads": 2}, {}),
     "head": ("gemma3", "head", {"num_key_value_heads": 1, "layer_types": ["full_attention"]}, {}),
-    "lora": ("llama", "lora", {"num_key_value_heads": 2}, {"temperature": 1.0}),
+    "lora": ("llama", "lora", {"num_key_value_heads": 2, **BIASES}, {"temperature": 1.0}),
 }
 SHAPE = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
 
@@ -32,13 +33,13 @@ def make(case: str):
     family, kind, shape, options = CASES[case]
     model = tiny.causal_lm(family, **SHAPE | shape)
     verifier = {None: lambda: None, "head": lambda: head_verifier(model), "lora": lambda: lora_case(model).verifier}
-    options = {"max_new_tokens": 3, "ignore_eos": True, "max_candidates": 3, "alpha": 0.11, "trace": True, **options}
+    options = {"max_new_tokens": 2, "ignore_eos": True, "max_candidates": 3, "alpha": 0.11, "trace": True, **options}
     return model, verifier[kind](), GenerationConfig(**options)
 
 
 def decode(rank: int, store: str):
     """Results of all cases, in a group of two processes that meet in a file."""
-    timeout = timedelta(seconds=100)
+    timeout = timedelta(seconds=250)
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=SIZE, timeout=timeout)
     try:
         results = {}

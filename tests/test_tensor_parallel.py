@@ -29,13 +29,14 @@ pytestmark = [
 ]
 
 
+@pytest.mark.timeout(300)
 def test_two_processes_give_the_tokens_of_one(tmp_path):
     command = [sys.executable, Path(tensor_parallel.__file__), tmp_path / "store"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         try:
             results = tensor_parallel.decode(0, str(tmp_path / "store"))
         finally:
-            output, _ = other.communicate(timeout=60)
+            output, _ = other.communicate(timeout=200)
     assert other.returncode == 0
     tokens = [[s.token_ids for generation in case for s in generation.samples] for case in results.values()]
     assert [ast.literal_eval(line) for line in output.splitlines()] == tokens
