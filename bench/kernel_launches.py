@@ -281,6 +281,7 @@ def _linears(make: Maker, dtype: torch.dtype, shape: Shape, rows: int) -> Iterat
         ("gate_up", 2 * intermediate, hidden, "silu_mul", False, 0),
         ("down", hidden, intermediate, None, True, 0),
         ("gate_up, LoRA", 2 * intermediate, hidden, "silu_mul", False, _RANK),
+        ("A of LoRA", _RANK, hidden, None, False, 0),
     )
     for name, num_weight_rows, in_features, activation, ends, rank in parts:
         out_features = num_weight_rows if activation is None else num_weight_rows // 2
