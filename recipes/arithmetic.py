@@ -66,7 +66,7 @@ class Scale:
 FULL = Scale(100_000, 0.15, 96, 3, 2000, 500, 2000, 300, 10, (30, 8))
 QUICK = Scale(2000, 0.5, 64, 2, 40, 20, 40, 8, 2, (2, 2))
 VERIFIERS: dict[str, dict[str, Any]] = {
-    "head": {"mlp_size": 256, "layers": (0, 1, 2, -1), "learning_rate": 2e-3},
+    "head": {"mlp_size": 256, "learning_rate": 2e-3},
     "lora": {"learning_rate": 3e-3, "batch_size": 32, "per_device_batch_size": 32},
     "full": {"learning_rate": 1e-3, "batch_size": 32, "per_device_batch_size": 32},
 }
@@ -173,7 +173,7 @@ class Recipe:
         """A verifier; its pairwise accuracy on the held-out tenth of the supervision."""
         options = VERIFIERS[kind]
         if kind == "head":
-            options = {**options, "layers": (*range(self.scale.num_layers), -1)}
+            options = {**options, "layers": (*range(self.scale.num_layers - 1), -1)}
         result = llm2_fast.train_verifier(
             self.output / "system1",
             self.output / "supervision",
@@ -184,7 +184,6 @@ class Recipe:
             seed=self.seed,
             **options,
         )
-        result.verifier.save_pretrained(self.output / kind)
         return {"pairs": result.num_pairs, **dataclasses.asdict(result.heldout_plausible)}
 
     def fine_tune(self) -> None:
