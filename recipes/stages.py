@@ -52,7 +52,11 @@ class Stages:
             staging = self._path.with_suffix(".tmp")
             staging.write_text(json.dumps(self._manifest, indent=1), encoding="utf-8")
             os.replace(staging, self._path)
-        return json.loads(json.dumps(done[name]["result"]))
+        return self.result(name)
+
+    def result(self, name: str) -> Any:
+        """The result of a stage that has run."""
+        return json.loads(json.dumps(self._manifest["stages"][name]["result"]))
 
     @property
     def seconds(self) -> dict[str, float]:

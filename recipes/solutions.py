@@ -1,4 +1,4 @@
-"""Training of a small language model on solutions: System 1, and the fine-tuned model that a verifier competes with."""
+"""Training of a language model on solutions: System 1, and the fine-tuned model that a verifier competes with."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
 
 from llm2_fast.problems import Problem
@@ -21,26 +18,6 @@ from llm2_fast.prompts import encode_prompt
 from llm2_fast.supervision import tokenize_messages
 
 _IGNORED = -100  # no loss here
-
-
-def make_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int, num_layers: int, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights."""
-    set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=hidden_size // 32,
-        num_key_value_heads=hidden_size // 32,
-        head_dim=32,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-    )
-    return LlamaForCausalLM(config)
 
 
 def train_on_solutions(
@@ -53,6 +30,7 @@ def train_on_solutions(
     learning_rate: float,
     batch_size: int,
     seed: int,
+    whole_text: bool = False,
 ) -> None:
     """Teach a model the reference solutions of problems, in place, and save it with its tokenizer.
 
@@ -62,8 +40,9 @@ def train_on_solutions(
         problems: With solutions.
         output_dir: Gets model and tokenizer.
         epochs, learning_rate, batch_size, seed: Of AdamW with a cosine schedule and 5 % warm-up.
+        whole_text: Learn the questions, too. A model that begins with random weights learns to look back sooner.
     """
-    examples = sorted((_encode(problem, tokenizer) for problem in problems), key=lambda pair: len(pair[0]))
+    examples = [_encode(problem, tokenizer, whole_text) for problem in problems]
     arguments = TrainingArguments(
         output_dir=str(output_dir / "trainer"),
         num_train_epochs=epochs,
@@ -90,12 +69,12 @@ def train_on_solutions(
     tokenizer.save_pretrained(output_dir)
 
 
-def _encode(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Tokens, and labels for those of the solution."""
+def _encode(problem: Problem, tokenizer: PreTrainedTokenizerBase, whole_text: bool) -> tuple[list[int], list[int]]:
+    """Tokens, and labels for those that are learnt."""
     messages = [{"role": "user", "content": problem.question}, {"role": "assistant", "content": problem.solution}]
     prompt = encode_prompt(messages[:1], tokenizer, len(tokenizer), "question")
     token_ids = tokenize_messages(messages, tokenizer)
-    return token_ids, [_IGNORED] * len(prompt) + token_ids[len(prompt) :]
+    return token_ids, token_ids if whole_text else [_IGNORED] * len(prompt) + token_ids[len(prompt) :]
 
 
 def _pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,126 @@
+"""The recipes at a scale at which their figures say nothing: everything runs, goes on after a break, and adds up."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from itertools import islice
+
+import pytest
+
+from llm2_fast.errors import ArgumentError
+from llm2_fast.problems import load_problems
+from recipes import arithmetic
+from recipes.experiment import choose_beta
+from recipes.report import percent, table
+from recipes.stages import Stages
+from recipes.tokenizer import make_tokenizer
+from recipes.word_problems import KINDS, MAX_VALUE, TARGET, generate, market
+
+_EQUATION = re.compile(r"(\d)([-+*/])(\d)=(\d)$")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_solutions_are_right(kind: str) -> None:
+    operations = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
+    for problem in islice(generate(kind, "seed"), 200):
+        *lines, answer = problem["answer"].split("\n")
+        value = None
+        for line in lines:
+            first, operator, second, result = _EQUATION.search(line).groups()
+            assert value is None or int(first) == value
+            value = operations[operator](int(first), int(second))
+            assert value == int(result)
+            assert 0 <= value <= MAX_VALUE
+            event, colon, _ = line.rpartition(": ")
+            assert not colon or event in problem["question"]
+        assert answer == f"#### {value}"
+
+
+def test_problems_are_seeded_and_unlike() -> None:
+    first, again = (list(islice(generate(TARGET, "seed"), 50)) for _ in range(2))
+    assert first == again
+    assert len({problem["question"] for problem in first}) == 50
+    assert first != list(islice(generate(TARGET, "another"), 50))
+
+
+@pytest.mark.parametrize("operations", [1, 2, 4])
+def test_market_has_as_many_operations_as_asked(operations: int) -> None:
+    draw = random.Random(0)
+    assert all(len(market(draw, operations).solution.lines) == operations for _ in range(20))
+
+
+def test_tokenizer_gives_text_back() -> None:
+    problems = [problem for kind in KINDS for problem in islice(generate(kind, "seed"), 20)]
+    texts = [text for problem in problems for text in problem.values()]
+    tokenizer = make_tokenizer(texts)
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_stages_run_once_and_refuse_other_options(tmp_path) -> None:
+    calls = []
+    for _ in range(2):
+        stages = Stages(tmp_path, {"seed": 0})
+        assert stages.run("work", lambda: calls.append(1) or {"figure": 1.5}) == {"figure": 1.5}
+    assert len(calls) == 1
+    assert list(stages.seconds) == ["work"]
+    with pytest.raises(ArgumentError, match="output"):
+        Stages(tmp_path, {"seed": 1})
+
+
+def test_a_stage_that_fails_runs_again(tmp_path) -> None:
+    def fail() -> None:
+        raise OSError("full")
+
+    stages = Stages(tmp_path, {})
+    with pytest.raises(OSError, match="full"):
+        stages.run("work", fail)
+    assert stages.run("work", lambda: 1) == 1
+
+
+def test_the_smaller_of_equally_good_betas_is_chosen() -> None:
+    accuracies = {None: 0.9, 2.0: 0.5, 0.5: 0.5, 0.25: 0.4}
+    arms = [
+        {"settings": {} if beta is None else {"beta": beta}, "metrics": {"pass@1": {"mean": mean}}}
+        for beta, mean in accuracies.items()
+    ]
+    assert choose_beta({"arms": arms}) == 0.5
+
+
+def test_tables() -> None:
+    assert table(("a", "b"), [(1, 2), (3,)]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 |  |"
+    assert percent({"mean": 0.5, "low": 0.25, "high": 0.75}, "+") == "+50.0 [+25.0, +75.0]"
+
+
+def test_arithmetic_runs_and_goes_on(tmp_path, monkeypatch) -> None:
+    output = tmp_path / "run"
+    arguments = ["--quick", "--output", str(output)]
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(arithmetic.Experiment, "compare_betas", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            arithmetic.main(arguments)
+    before = json.loads((output / "recipe.json").read_text())["stages"]
+    arithmetic.main(arguments)
+    after = json.loads((output / "recipe.json").read_text())["stages"]
+    assert {name: after[name] for name in before} == before
+
+    scale = arithmetic.QUICK
+    splits = {split: load_problems(output / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    questions = [problem.question for problems in splits.values() for problem in problems]
+    assert len(set(questions)) == len(questions)
+    assert len(splits["test"]) == scale.test
+    for kind in scale.settings.verifiers:
+        report = after[f"greedy, {kind}"]["result"]
+        assert report["num_problems"] == scale.test
+        assert report["arms"][0]["metrics"] == after["greedy, head"]["result"]["arms"][0]["metrics"]
+    text = (output / "report.md").read_text()
+    assert all(f"| {kind} |" in text for kind in scale.settings.verifiers)
+    assert (output / "accuracy_by_beta.svg").read_text().lstrip().startswith("<?xml")
