@@ -1,9 +1,9 @@
 """The paper's setting in small: does a verifier from a target domain improve a generalist that is middling there?
 
 A small Llama (System 1) learns a mixture of generated word problems from scratch, of which the target kind is a small
-part. On the target's training split, tokens that lead astray are explored and verifiers of all kinds trained. Beside them
-stands a control, System 1 fine-tuned on the same problems. beta is chosen on a validation split; nothing is chosen on
-the test split.
+part. On the target's training split, tokens that lead astray are explored and verifiers of all kinds trained. Beside
+them stands a control, System 1 fine-tuned on the same problems. beta is chosen on a validation split; nothing is chosen
+on the test split.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
 
@@ -52,7 +53,7 @@ class Scale:
     settings: Settings
 
 
-def _settings(sampled: int, samples: int, exploration: dict[str, int], num_layers: int, epochs: int) -> Settings:
+def _settings(sampled: int, samples: int, exploration: dict[str, Any], num_layers: int, epochs: int) -> Settings:
     network = {"epochs": epochs, "batch_size": 32, "per_device_batch_size": 32}
     return Settings(
         sampled=sampled,
@@ -74,8 +75,10 @@ def _settings(sampled: int, samples: int, exploration: dict[str, int], num_layer
     )
 
 
-FULL = Scale(150_000, 0.05, 96, 3, 4000, 500, 2000, _settings(300, 20, {"n": 10}, 3, 8))
-QUICK = Scale(1500, 0.5, 32, 2, 80, 12, 24, _settings(6, 3, {"n": 2, "max_positions": 5}, 2, 1))
+FULL = Scale(150_000, 0.05, 96, 3, 4000, 500, 2000, _settings(300, 20, {"n": 10, "thresholds": (0.25, 0.75)}, 3, 8))
+QUICK = Scale(
+    1500, 0.5, 32, 2, 80, 12, 24, _settings(6, 3, {"n": 2, "max_positions": 5, "thresholds": (0.25, 0.75)}, 2, 1)
+)
 
 
 class Arithmetic:
@@ -103,9 +106,9 @@ class Arithmetic:
         shares = dict.fromkeys(KINDS, (1 - scale.target_share) / (len(KINDS) - 1)) | {TARGET: scale.target_share}
         mixture = [p for kind in KINDS for p in self._draw(kind, "mixture", int(scale.mixture * shares[kind]))]
         random.Random(self.seed).shuffle(mixture)
-        _write(path("mixture"), mixture)
+        write_problems(path("mixture"), mixture)
         for split in SPLITS[1:]:
-            _write(path(split), self._draw(TARGET, split, getattr(scale, split)))
+            write_problems(path(split), self._draw(TARGET, split, getattr(scale, split)))
         drop_contaminated(path("validation"), [path("test")])
         for split in ("train", "mixture"):
             drop_contaminated(path(split), [path("validation"), path("test")])
@@ -143,13 +146,13 @@ def make_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int, num_layers:
     return LlamaForCausalLM(config)
 
 
-def _write(path: Path, problems: Iterable[dict[str, str]]) -> None:
+def write_problems(path: Path, problems: Iterable[dict[str, str]]) -> None:
+    """As JSON lines."""
     path.write_text("".join(f"{json.dumps(problem)}\n" for problem in problems), encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.arithmetic", description=__doc__.splitlines()[0])
+def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> Arithmetic:
+    """The run that a command line asks for."""
     parser.add_argument("--output", type=Path, help="taken up where an earlier run stopped")
     parser.add_argument("--quick", action="store_true", help="so small that its figures say nothing")
     parser.add_argument("--seed", type=int, default=0)
@@ -157,8 +160,15 @@ def main(arguments: list[str] | None = None) -> None:
     scale = QUICK if options.quick else FULL
     output = options.output or Path("build/recipes") / f"arithmetic{'-quick' if options.quick else ''}"
     stages = Stages(output, {"recipe": "arithmetic", "seed": options.seed, **dataclasses.asdict(scale)})
-    Arithmetic(stages, scale, options.seed).run()
-    print(write_report(stages, scale.settings.verifiers))
+    return Arithmetic(stages, scale, options.seed)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.arithmetic", description=__doc__.splitlines()[0])
+    recipe = parse_arguments(parser, arguments)
+    recipe.run()
+    print(write_report(recipe.stages, recipe.scale.settings.verifiers))
 
 
 if __name__ == "__main__":

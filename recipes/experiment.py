@@ -77,11 +77,11 @@ class Experiment:
         """The file of a split."""
         return self.directory / f"{split}.jsonl"
 
-    def explore(self, name: str = "supervision", **options: Any) -> dict[str, float]:
-        """Supervision out of the training split, and what it cost."""
+    def explore(self, name: str = "supervision", split: str = "train", **options: Any) -> dict[str, float]:
+        """Supervision out of a split, and what it cost."""
         report = llm2_fast.explore(
             self.system1,
-            self.problems("train"),
+            self.problems(split),
             self.directory / name,
             max_new_tokens=self.settings.max_new_tokens,
             max_batch_size=self.settings.max_batch_size,

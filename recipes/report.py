@@ -72,6 +72,11 @@ def percent(estimate: Report, sign: str = "") -> str:
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
+def find_arm(report: Report, name: str) -> Report:
+    """The arm of this name."""
+    return next(arm for arm in report["arms"] if arm["name"] == name)
+
+
 def find_comparison(report: Report, arm: str, other: str, metric: str = ACCURACY) -> Report:
     """Of one arm with another in the same metric."""
     wanted = (arm, metric, other, metric)
@@ -85,14 +90,14 @@ def steered_arms(report: Report) -> list[Report]:
 
 
 def _surroundings(exploration: Report) -> str:
+    threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    spared = f"{exploration['spared_rollouts']:,} spared since the verdict was known"
-    return (
-        f"{platform.machine()}, {torch.get_num_threads()} threads; {versions}. Exploration: "
-        f"{exploration['problems']:,} solutions, {exploration['positions']:,} positions, {exploration['explored_positions']:,} with a candidate, "
-        f"{exploration['candidates']:,} candidates, {exploration['rollouts']:,} rollouts ({spared}), "
-        f"{exploration['pairs']:,} pairs; {exploration['tokens_per_second']:,.0f} tokens/s."
+    counts = (
+        "{problems:,} solutions, {positions:,} positions, {explored_positions:,} with a candidate, {candidates:,} "
+        "candidates, {rollouts:,} rollouts ({spared_rollouts:,} spared since the verdict was known), {pairs:,} pairs, "
+        "{tokens_per_second:,.0f} tokens/s"
     )
+    return f"{threads}; {versions}. Exploration: {counts.format(**exploration)}."
 
 
 def _pairwise(trained: Report) -> tuple[str, ...]:
@@ -101,11 +106,11 @@ def _pairwise(trained: Report) -> tuple[str, ...]:
 
 
 def _greedy_rows(stages: Stages, kinds: list[str]) -> Iterator[tuple[str, ...]]:
-    yield "generalist", "none", "-", percent(_arm(stages.result(f"greedy, {kinds[0]}"), PLAIN)["metrics"][ACCURACY])
+    yield "as it is", "none", "-", percent(find_arm(stages.result(f"greedy, {kinds[0]}"), PLAIN)["metrics"][ACCURACY])
     for kind in kinds:
-        yield from _gains("generalist", kind, stages.result(f"greedy, {kind}"))
+        yield from _gains("as it is", kind, stages.result(f"greedy, {kind}"))
     control = stages.result("greedy, control")
-    yield "fine-tuned", "none", "-", percent(_arm(control, PLAIN)["metrics"][ACCURACY])
+    yield "fine-tuned", "none", "-", percent(find_arm(control, PLAIN)["metrics"][ACCURACY])
     if "full" in kinds:
         yield from _gains("fine-tuned", "full", stages.result("greedy, full on control"))
 
@@ -123,22 +128,18 @@ def _sampled_rows(stages: Stages, kinds: list[str]) -> Iterator[tuple[str, ...]]
     first = stages.result(f"sampled, {kinds[0]}")
     metric = f"maj@{first['num_samples']}"
     for name, beta in ((PLAIN, "-"), (TRUNCATED, "0")):
-        metrics = _arm(first, name)["metrics"]
+        metrics = find_arm(first, name)["metrics"]
         yield "none", beta, percent(metrics[ACCURACY]), percent(metrics[metric])
     for kind in kinds:
         report = stages.result(f"sampled, {kind}")
         for arm in steered_arms(report):
-            metrics, best = arm["metrics"], _arm(report, PLAIN)["metrics"].get(f"best@{report['num_samples']}")
+            metrics, best = arm["metrics"], find_arm(report, PLAIN)["metrics"].get(f"best@{report['num_samples']}")
             gains = (
                 percent(find_comparison(report, arm["name"], other, metric)["difference"], "+")
                 for other in (PLAIN, arm["baseline"])
             )
             beta = f"{arm['settings']['beta']:g}"
             yield kind, beta, percent(metrics[ACCURACY]), percent(metrics[metric]), *gains, percent(best)
-
-
-def _arm(report: Report, name: str) -> Report:
-    return next(arm for arm in report["arms"] if arm["name"] == name)
 
 
 def plot_betas(stages: Stages, kinds: Iterable[str], path: Path) -> None:
@@ -150,7 +151,7 @@ def plot_betas(stages: Stages, kinds: Iterable[str], path: Path) -> None:
     axes = figure.subplots()
     for kind in kinds:
         report = stages.result(f"betas, {kind}")
-        arms = [_arm(report, PLAIN), *steered_arms(report)]
+        arms = [find_arm(report, PLAIN), *steered_arms(report)]
         betas = [0.0, *(arm["settings"]["beta"] for arm in arms[1:])]
         estimates = [arm["metrics"][ACCURACY] for arm in arms]
         axes.plot(betas, [100 * e["mean"] for e in estimates], marker="o", label=kind)

@@ -21,6 +21,9 @@ class Stages:
         directory: Made if it is not there.
         options: What every result depends on.
 
+    Attributes:
+        directory, options: As given.
+
     Raises:
         ArgumentError: The directory was begun with other options.
     """
@@ -29,7 +32,7 @@ class Stages:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / _MANIFEST
-        options = json.loads(json.dumps(options))
+        self.options = options = json.loads(json.dumps(options))
         self._manifest: dict[str, Any] = {"options": options, "stages": {}}
         if self._path.exists():
             self._manifest = json.loads(self._path.read_text(encoding="utf-8"))

@@ -43,8 +43,9 @@ class Solution:
 
 @dataclass
 class WordProblem:
-    """Sentences, the last of which asks, and the way to the answer."""
+    """What is asked, the sentences after it, and the way to the answer."""
 
+    asked: str
     sentences: list[str]
     solution: Solution
 
@@ -62,7 +63,7 @@ def expression(draw: random.Random) -> WordProblem:
         change = draw_change(draw, solution.value)
         text += f"{change:+d}"
         solution.change(change, "")
-    return WordProblem([f"What is {text}?"], solution)
+    return WordProblem(f"What is {text}?", [], solution)
 
 
 def happen(draw: random.Random, name: str, solution: Solution) -> str:
@@ -79,7 +80,7 @@ def diary(draw: random.Random) -> WordProblem:
     solution = Solution(draw.randint(1, MAX_VALUE))
     sentences = [f"{name} has {solution.value} {things}."]
     sentences += [happen(draw, name, solution) for _ in range(draw.randint(1, 4))]
-    return WordProblem([*sentences, f"How many {things} has {name}?"], solution)
+    return WordProblem(f"How many {things} has {name}?", sentences, solution)
 
 
 def neighbours(draw: random.Random) -> WordProblem:
@@ -90,7 +91,7 @@ def neighbours(draw: random.Random) -> WordProblem:
     for name in [*names, *draw.choices(names, k=draw.randint(0, 2))]:
         sentences.append(happen(draw, name, totals[name]))
     asked = draw.choice(names)
-    return WordProblem([*sentences, f"How many {things} has {asked}?"], totals[asked])
+    return WordProblem(f"How many {things} has {asked}?", sentences, totals[asked])
 
 
 def comparison(draw: random.Random) -> WordProblem:
@@ -103,7 +104,7 @@ def comparison(draw: random.Random) -> WordProblem:
         event = f"{name} has {abs(change)} {'more' if change > 0 else 'fewer'} than {before}"
         solution.change(change, event)
         sentences.append(f"{event}.")
-    return WordProblem([*sentences, f"How many {things} has {names[-1]}?"], solution)
+    return WordProblem(f"How many {things} has {names[-1]}?", sentences, solution)
 
 
 def boxes(draw: random.Random) -> WordProblem:
@@ -114,7 +115,7 @@ def boxes(draw: random.Random) -> WordProblem:
     solution.compute("*", each)
     sentences = [f"{name} has {count} boxes with {each} {things} each."]
     sentences += [happen(draw, name, solution) for _ in range(draw.randint(0, 2))]
-    return WordProblem([*sentences, f"How many {things} has {name}?"], solution)
+    return WordProblem(f"How many {things} has {name}?", sentences, solution)
 
 
 def sharing(draw: random.Random) -> WordProblem:
@@ -125,7 +126,7 @@ def sharing(draw: random.Random) -> WordProblem:
     sentences = [f"{count} people share {solution.value} {things}.", f"{name} is one of them."]
     solution.compute("/", count)
     sentences += [happen(draw, name, solution) for _ in range(draw.randint(0, 2))]
-    return WordProblem([*sentences, f"How many {things} has {name}?"], solution)
+    return WordProblem(f"How many {things} has {name}?", sentences, solution)
 
 
 def market(draw: random.Random, operations: int = 3) -> WordProblem:
@@ -147,7 +148,7 @@ def market(draw: random.Random, operations: int = 3) -> WordProblem:
         sentences.append(f"{event}.")
         if len(sentences) > 2 * operations + 2:
             return market(draw, operations)
-    return WordProblem([*sentences, f"How many has {asked}?"], totals[asked])
+    return WordProblem(f"How many has {asked}?", sentences, totals[asked])
 
 
 TARGET = "market"
@@ -158,10 +159,19 @@ KINDS: dict[str, Callable[[random.Random], WordProblem]] = {
 
 def generate(kind: str, seed: str) -> Iterator[dict[str, str]]:
     """Endless problems of one kind, in the format of GSM8K, each question once."""
+    return _generate(KINDS[kind], seed)
+
+
+def generate_market(seed: str, operations: int) -> Iterator[dict[str, str]]:
+    """Endless problems of the target kind with another number of operations."""
+    return _generate(lambda draw: market(draw, operations), seed)
+
+
+def _generate(make: Callable[[random.Random], WordProblem], seed: str) -> Iterator[dict[str, str]]:
     draw, seen = random.Random(seed), set()
     while True:
-        problem = KINDS[kind](draw)
-        question, solution = " ".join(problem.sentences), problem.solution
+        problem = make(draw)
+        question, solution = " ".join([problem.asked, *problem.sentences]), problem.solution
         if question not in seen and solution.lines:
             seen.add(question)
             yield {"question": question, "answer": "\n".join([*solution.lines, f"#### {solution.value}"])}

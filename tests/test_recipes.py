@@ -6,13 +6,15 @@ import json
 import random
 import re
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
 from llm2_fast.errors import ArgumentError
 from llm2_fast.problems import load_problems
-from recipes import arithmetic
+from recipes import ablations, arithmetic, gsm8k
 from recipes.experiment import choose_beta
+from recipes.negatives import FORM, categorize
 from recipes.report import percent, table
 from recipes.stages import Stages
 from recipes.tokenizer import make_tokenizer
@@ -96,6 +98,9 @@ def test_tables() -> None:
     assert percent({"mean": 0.5, "low": 0.25, "high": 0.75}, "+") == "+50.0 [+25.0, +75.0]"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:.*no better than chance:UserWarning")
 def test_arithmetic_runs_and_goes_on(tmp_path, monkeypatch) -> None:
     output = tmp_path / "run"
     arguments = ["--quick", "--output", str(output)]
@@ -124,3 +129,37 @@ def test_arithmetic_runs_and_goes_on(tmp_path, monkeypatch) -> None:
     text = (output / "report.md").read_text()
     assert all(f"| {kind} |" in text for kind in scale.settings.verifiers)
     assert (output / "accuracy_by_beta.svg").read_text().lstrip().startswith("<?xml")
+    ablations.main(arguments)
+    text = (output / "ablations" / "report.md").read_text()
+    assert all(label in text for label in ("Q < 0.25", "bypass", "likelihood", "| 4 |", "| 0.05 |", FORM))
+    check_gsm8k(output, tmp_path / "gsm8k")
+
+
+def check_gsm8k(arithmetic_run: Path, output: Path) -> None:
+    """Problems in a file and a model in a directory are all that this recipe needs."""
+    counts = "--fine-tune 16 --num-train 30 --num-validation 4 --num-test 8 --sampled 2 --rollouts 2 --positions 2"
+    model, problems = arithmetic_run / "system1", arithmetic_run / "train.jsonl"
+    options = f"--kinds head --max-new-tokens 32 --model {model} --train {problems} --output {output} {counts}"
+    gsm8k.main(options.split())
+    splits = [load_problems(output / f"{name}.jsonl") for name in ("system1", "train", "validation", "test")]
+    assert [len(problems) for problems in splits] == [16, 30, 4, 8]
+    assert len({problem.question for problems in splits for problem in problems}) == 58
+    assert "| as it is | head |" in (output / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("written", "ground_truth", "token", "category"),
+    [
+        ("Ann", " gives", " takes", "which event: what somebody does"),
+        ("Ann gives 2 to", " Ben", " Kim", "which event: somebody's name"),
+        ("Ann gives", " 2", " 3", "which event: how many"),
+        ("Ann gives 2 to Ben:", " 5", " 6", "the number so far"),
+        ("Ann gives 2 to Ben: 5", "-", "+", "whether a number rises or falls"),
+        ("Ann gives 2 to Ben: 5-", "2", "3", "the operand"),
+        ("Ann gives 2 to Ben: 5-2=", "3", "4", "the result"),
+        ("The answer is", " 3", " 4", "the answer"),
+        ("", "The", "Ann", FORM),
+    ],
+)
+def test_negatives_are_sorted_by_decision(written: str, ground_truth: str, token: str, category: str) -> None:
+    assert categorize(written, ground_truth, token) == category
