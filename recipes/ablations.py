@@ -20,7 +20,7 @@ from recipes.experiment import PAPER_BETA, Experiment, choose_beta
 from recipes.negatives import describe_negatives
 from recipes.report import find_arm, find_comparison, percent, steered_arms, table
 from recipes.stages import Stages
-from recipes.word_problems import generate_market
+from recipes.word_problems import generate_workshop
 
 KIND = "full"
 THRESHOLDS = (0.25, 0.5, 0.75)
@@ -114,7 +114,7 @@ class Ablations:
         number = max(10, self.scale.test // 4)
         split = f"{count}-operations"
         write_problems(
-            self.experiment.problems(split), islice(generate_market(f"{self.base.seed} {split}", count), number)
+            self.experiment.problems(split), islice(generate_workshop(f"{self.base.seed} {split}", count), number)
         )
         cost = self.stages.run(f"explore, {split}", lambda: self.experiment.explore(f"{split}-supervision", split))
         report = self.stages.run(

@@ -63,7 +63,7 @@ def _settings(sampled: int, samples: int, exploration: dict[str, Any], num_layer
         exploration=exploration,
         verifiers={
             "head": {
-                "epochs": 3 * epochs,
+                "epochs": 5 * epochs,
                 "learning_rate": 2e-3,
                 "mlp_size": 256,
                 "layers": (*range(num_layers - 1), -1),
@@ -75,7 +75,7 @@ def _settings(sampled: int, samples: int, exploration: dict[str, Any], num_layer
     )
 
 
-FULL = Scale(150_000, 0.05, 96, 3, 4000, 500, 2000, _settings(300, 20, {"n": 10, "thresholds": (0.25, 0.75)}, 3, 8))
+FULL = Scale(80_000, 0.02, 96, 3, 2000, 500, 2000, _settings(300, 20, {"n": 10, "thresholds": (0.25, 0.75)}, 3, 4))
 QUICK = Scale(
     1500, 0.5, 32, 2, 80, 12, 24, _settings(6, 3, {"n": 2, "max_positions": 5, "thresholds": (0.25, 0.75)}, 2, 1)
 )

@@ -1,4 +1,4 @@
-"""What explored negatives of the market are about: a sample of them, sorted by the decision that goes wrong."""
+"""What explored negatives are about: a sample of them, sorted by the decision that goes wrong."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llm2_fast.supervision import Supervision, TokenPair, TokenQuality, read_supervision, tokenize_messages
 from recipes.report import table
-from recipes.word_problems import NAMES, TRADES
+from recipes.word_problems import NAMES, VERBS, WORKSHOP_VERBS
 
 FORM = "form: a word of another sort, or the end too early or too late"
-_TRADE_WORDS = {word for trade in TRADES for word in trade.replace("{}", "").split()}
+_VERBS = {verb for verbs in (VERBS, WORKSHOP_VERBS) for sign in verbs for verb in verbs[sign]}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def categorize(written: str, ground_truth: str, token: str) -> str:
     if kind == "sign" or kind != _kind(token):
         return "whether a number rises or falls" if kind == "sign" else FORM
     if kind != "digit":
-        return {"name": "which event: somebody's name", "trade": "which event: what somebody does"}.get(kind, FORM)
+        return {"name": "which event: somebody's name", "verb": "which event: what somebody does"}.get(kind, FORM)
     if not colon:
         return "the answer" if written.startswith("The answer") else "which event: how many"
     return ("the number so far", "the operand", "the result")[sum(character in "+-=" for character in equation)]
@@ -75,8 +75,8 @@ def _kind(token: str) -> str:
     word = token.strip()
     if word in NAMES:
         return "name"
-    if word in _TRADE_WORDS:
-        return "trade"
+    if word in _VERBS:
+        return "verb"
     if word.isdigit():
         return "digit"
     return "sign" if word in ("+", "-") else "form"

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 NAMES = ("Ann", "Ben", "Cem", "Dora", "Eve", "Finn", "Gus", "Hana", "Ivan", "Jo", "Kim", "Lea")
 THINGS = ("apples", "books", "coins", "dolls", "eggs", "figs", "games", "hats", "keys", "maps", "pens", "shells")
 VERBS = {1: ("finds", "buys", "makes", "wins", "gets"), -1: ("loses", "sells", "breaks", "drops", "uses")}
-# What a trade means to the one who is named first: +1 receives, -1 parts with.
-TRADES = {"gives {} to": -1, "takes {} from": 1, "hands {} to": -1, "borrows {} from": 1}
+# The target kind's own words, which a generalist meets now and then.
+_RISING = """
+acquires adopts amasses assembles bakes brews builds captures carves catches collects compiles composes crafts creates
+cultivates discovers draws earns fetches folds forges gains gathers grows harvests hatches imports inherits knits
+mines mints molds obtains orders paints picks plants prints procures produces quarries raises receives recovers
+repairs salvages saves scores secures sews shapes spots stitches stocks unearths weaves welds wraps yields
+"""
+_FALLING = """
+abandons auctions banishes bins burns cancels cedes consumes contributes crushes deletes destroys devours discards
+dismantles donates dumps eats empties exports forfeits forgets gambles grinds junks launches leaks leases lends
+liquidates mails melts mislays misplaces offers pawns posts pours rejects releases relinquishes retires returns ruins
+sacrifices scatters scraps sheds ships shreds sinks smashes spends spills spoils squanders surrenders tosses wastes
+wrecks
+"""
+WORKSHOP_VERBS = {1: _RISING.split(), -1: _FALLING.split()}
 MAX_VALUE = 9  # numbers are one digit, so one token
 _FACTORS = [(a, b) for a in range(2, 5) for b in range(1, 5) if a * b <= MAX_VALUE]
 
@@ -66,10 +79,10 @@ def expression(draw: random.Random) -> WordProblem:
     return WordProblem(f"What is {text}?", [], solution)
 
 
-def happen(draw: random.Random, name: str, solution: Solution) -> str:
+def happen(draw: random.Random, name: str, solution: Solution, verbs: Mapping[int, Sequence[str]] = VERBS) -> str:
     """Somebody's total changes; the event, for the question."""
     change = draw_change(draw, solution.value)
-    event = f"{name} {draw.choice(VERBS[1 if change > 0 else -1])} {abs(change)}"
+    event = f"{name} {draw.choice(verbs[1 if change > 0 else -1])} {abs(change)}"
     solution.change(change, event)
     return f"{event}."
 
@@ -81,17 +94,6 @@ def diary(draw: random.Random) -> WordProblem:
     sentences = [f"{name} has {solution.value} {things}."]
     sentences += [happen(draw, name, solution) for _ in range(draw.randint(1, 4))]
     return WordProblem(f"How many {things} has {name}?", sentences, solution)
-
-
-def neighbours(draw: random.Random) -> WordProblem:
-    """Two diaries in one; only one of them is asked about."""
-    names, things = draw.sample(NAMES, 2), draw.choice(THINGS)
-    totals = {name: Solution(draw.randint(1, MAX_VALUE)) for name in names}
-    sentences = [f"{name} has {totals[name].value} {things}." for name in names]
-    for name in [*names, *draw.choices(names, k=draw.randint(0, 2))]:
-        sentences.append(happen(draw, name, totals[name]))
-    asked = draw.choice(names)
-    return WordProblem(f"How many {things} has {asked}?", sentences, totals[asked])
 
 
 def comparison(draw: random.Random) -> WordProblem:
@@ -129,31 +131,18 @@ def sharing(draw: random.Random) -> WordProblem:
     return WordProblem(f"How many {things} has {name}?", sentences, solution)
 
 
-def market(draw: random.Random, operations: int = 3) -> WordProblem:
-    """Trades among three people, one of whom is asked about; some trades do not concern that one. The target kind."""
-    names = draw.sample(NAMES, 3)
-    totals = {name: Solution(draw.randint(2, MAX_VALUE - 2)) for name in names}
-    asked = names[0]
-    sentences = [f"{name} has {totals[name].value}." for name in draw.sample(names, 3)]
-    while len(totals[asked].lines) < operations:
-        first, second = draw.sample(names, 2)
-        verb, sign = draw.choice(list(TRADES.items()))
-        amount = draw.randint(1, 5)
-        after = totals[first].value + sign * amount, totals[second].value - sign * amount
-        if not all(0 <= value <= MAX_VALUE for value in after):
-            continue
-        event = f"{first} {verb.format(amount)} {second}"
-        totals[first].change(sign * amount, event)
-        totals[second].change(-sign * amount, event)
-        sentences.append(f"{event}.")
-        if len(sentences) > 2 * operations + 2:
-            return market(draw, operations)
-    return WordProblem(f"How many has {asked}?", sentences, totals[asked])
+def workshop(draw: random.Random, operations: int = 3) -> WordProblem:
+    """A diary in words of its own. The target kind."""
+    name, things = draw.choice(NAMES), draw.choice(THINGS)
+    solution = Solution(draw.randint(1, MAX_VALUE))
+    sentences = [f"{name} has {solution.value} {things}."]
+    sentences += [happen(draw, name, solution, WORKSHOP_VERBS) for _ in range(operations)]
+    return WordProblem(f"How many {things} has {name}?", sentences, solution)
 
 
-TARGET = "market"
+TARGET = "workshop"
 KINDS: dict[str, Callable[[random.Random], WordProblem]] = {
-    kind.__name__: kind for kind in (expression, diary, neighbours, comparison, boxes, sharing, market)
+    kind.__name__: kind for kind in (expression, diary, comparison, boxes, sharing, workshop)
 }
 
 
@@ -162,9 +151,9 @@ def generate(kind: str, seed: str) -> Iterator[dict[str, str]]:
     return _generate(KINDS[kind], seed)
 
 
-def generate_market(seed: str, operations: int) -> Iterator[dict[str, str]]:
+def generate_workshop(seed: str, operations: int) -> Iterator[dict[str, str]]:
     """Endless problems of the target kind with another number of operations."""
-    return _generate(lambda draw: market(draw, operations), seed)
+    return _generate(lambda draw: workshop(draw, operations), seed)
 
 
 def _generate(make: Callable[[random.Random], WordProblem], seed: str) -> Iterator[dict[str, str]]:

@@ -18,7 +18,7 @@ from recipes.negatives import FORM, categorize
 from recipes.report import percent, table
 from recipes.stages import Stages
 from recipes.tokenizer import make_tokenizer
-from recipes.word_problems import KINDS, MAX_VALUE, TARGET, generate, market
+from recipes.word_problems import KINDS, MAX_VALUE, TARGET, generate, workshop
 
 _EQUATION = re.compile(r"(\d)([-+*/])(\d)=(\d)$")
 
@@ -48,9 +48,9 @@ def test_problems_are_seeded_and_unlike() -> None:
 
 
 @pytest.mark.parametrize("operations", [1, 2, 4])
-def test_market_has_as_many_operations_as_asked(operations: int) -> None:
+def test_target_has_as_many_operations_as_asked(operations: int) -> None:
     draw = random.Random(0)
-    assert all(len(market(draw, operations).solution.lines) == operations for _ in range(20))
+    assert all(len(workshop(draw, operations).solution.lines) == operations for _ in range(20))
 
 
 def test_tokenizer_gives_text_back() -> None:
@@ -150,13 +150,13 @@ def check_gsm8k(arithmetic_run: Path, output: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "ground_truth", "token", "category"),
     [
-        ("Ann", " gives", " takes", "which event: what somebody does"),
-        ("Ann gives 2 to", " Ben", " Kim", "which event: somebody's name"),
-        ("Ann gives", " 2", " 3", "which event: how many"),
-        ("Ann gives 2 to Ben:", " 5", " 6", "the number so far"),
-        ("Ann gives 2 to Ben: 5", "-", "+", "whether a number rises or falls"),
-        ("Ann gives 2 to Ben: 5-", "2", "3", "the operand"),
-        ("Ann gives 2 to Ben: 5-2=", "3", "4", "the result"),
+        ("Ann", " melts", " wraps", "which event: what somebody does"),
+        ("", "Ann", "Ben", "which event: somebody's name"),
+        ("Ann melts", " 2", " 3", "which event: how many"),
+        ("Ann melts 2:", " 5", " 6", "the number so far"),
+        ("Ann melts 2: 5", "-", "+", "whether a number rises or falls"),
+        ("Ann melts 2: 5-", "2", "3", "the operand"),
+        ("Ann melts 2: 5-2=", "3", "4", "the result"),
         ("The answer is", " 3", " 4", "the answer"),
         ("", "The", "Ann", FORM),
     ],
