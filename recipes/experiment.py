@@ -15,7 +15,7 @@ from llm2_fast.problems import load_problems
 from recipes.solutions import train_on_solutions
 from recipes.stages import Stages
 
-BETAS = (0.25, 0.5, 1.0, 2.0)
+BETAS = (0.125, 0.25, 0.5, 1.0, 2.0)
 PAPER_BETA = 0.25
 CONTROL = "fine-tuned"
 
