@@ -11,6 +11,7 @@ from typing import Any
 import llm2_fast
 from llm2_fast.datacheck import DataCheck
 from llm2_fast.evaluation.report import ACCURACY
+from llm2_fast.models.loading import load_model
 from llm2_fast.problems import load_problems
 from recipes.solutions import train_on_solutions
 from recipes.stages import Stages
@@ -105,11 +106,11 @@ class Experiment:
 
     def fine_tune(self) -> None:
         """The control: System 1 learns the very solutions that the supervision stands on."""
-        loaded = llm2_fast.load(self.system1)
+        loaded = load_model(self.system1, dtype="float32")
         problems = load_problems(self.problems("train"))
         output = self.directory / CONTROL
         train_on_solutions(
-            loaded.model.model, loaded.tokenizer, problems, output, seed=self.seed, **self.settings.control
+            loaded.model, loaded.tokenizer, problems, output, seed=self.seed, **self.settings.control
         )
 
     def compare_betas(self, verifier: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-import llm2_fast
 from llm2_fast.models import smollm2
+from llm2_fast.models.loading import load_model
 from llm2_fast.problems import load_problems
 from recipes.experiment import Experiment, Settings, drop_contaminated
 from recipes.report import write_report
@@ -78,9 +78,9 @@ class GradeSchool:
 
     def fine_tune(self) -> None:
         """System 1, where the model as it is answers too badly."""
-        loaded = llm2_fast.load(self.options.model)
+        loaded = load_model(self.options.model, dtype="float32")
         train_on_solutions(
-            loaded.model.model,
+            loaded.model,
             loaded.tokenizer,
             load_problems(self.experiment.problems("system1")),
             self.stages.directory / "system1",
