@@ -109,9 +109,7 @@ class Experiment:
         loaded = load_model(self.system1, dtype="float32")
         problems = load_problems(self.problems("train"))
         output = self.directory / CONTROL
-        train_on_solutions(
-            loaded.model, loaded.tokenizer, problems, output, seed=self.seed, **self.settings.control
-        )
+        train_on_solutions(loaded.model, loaded.tokenizer, problems, output, seed=self.seed, **self.settings.control)
 
     def compare_betas(self, verifier: str) -> dict[str, Any]:
         """Greedy decoding of the validation split."""
