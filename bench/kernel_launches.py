@@ -106,7 +106,7 @@ def launches(device: str, dtype: torch.dtype, shape: Shape, load: Load) -> Itera
     yield from _beginning(make, dtype, shape, load)
     yield from _selection(make, dtype, shape, load)
     yield pick_launch(make, load.sequences, load.max_candidates)
-    yield _attention(make, dtype, shape, load)
+    yield attention_launch(make, dtype, shape, load)
     for rank in (0, _RANK):
         yield _projection(make, dtype, shape, load, rank)
     yield from _linears(make, dtype, shape, load.rows)
@@ -138,15 +138,24 @@ def _beginning(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Ite
     yield Launch("embed", kernel_ops._embed_cuda, reference.embed, arguments, moved)
 
 
-def _selection(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Iterator[Launch]:
-    batch, width = load.sequences, load.max_candidates
-    options = (make.full(batch, value=math.log(0.1)), make.full(batch, value=0, dtype=torch.int32), width)
-    logits = make.randn(batch, shape.vocab_size, dtype=dtype, scale=3.0)
-    written = batch * width * 8
-    yield Launch(
-        "select_candidates", ops._select_candidates_cuda, reference.select_candidates, (logits, *options),
-        size_of(logits) + written,
+def _selection_options(make: Maker, load: Load) -> tuple[torch.Tensor, torch.Tensor, int]:
+    batch = load.sequences
+    return make.full(batch, value=math.log(0.1)), make.full(batch, value=0, dtype=torch.int32), load.max_candidates
+
+
+def selection_launch(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Launch:
+    """`select_candidates`."""
+    logits = make.randn(load.sequences, shape.vocab_size, dtype=dtype, scale=3.0)
+    return Launch(
+        "select_candidates", ops._select_candidates_cuda, reference.select_candidates,
+        (logits, *_selection_options(make, load)), size_of(logits) + load.sequences * load.max_candidates * 8,
     )  # fmt: skip
+
+
+def _selection(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Iterator[Launch]:
+    batch, options = load.sequences, _selection_options(make, load)
+    written = batch * load.max_candidates * 8
+    yield selection_launch(make, dtype, shape, load)
     hidden_states = make.randn(batch, shape.hidden_size, dtype=dtype)
     weight = make.randn(shape.vocab_size, shape.hidden_size, dtype=dtype, scale=3.0 / shape.hidden_size**0.5)
     yield Launch(
@@ -184,7 +193,8 @@ def _block_table(make: Maker, load: Load) -> tuple[torch.Tensor, int]:
     return make.int32(table), len(blocks)
 
 
-def _attention(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Launch:
+def attention_launch(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Launch:
+    """`branch_attention`."""
     row_sequence, row_prefix_length = _rows(make, load)
     table, num_blocks = _block_table(make, load)
     cache = (num_blocks, shape.num_kv_heads, _BLOCK_SIZE, shape.head_dim)

@@ -209,10 +209,9 @@ class CudaDecoder:
         """A pass over rows that the host lists, of at most `sequences` slots; each slot's together."""
         rows = self.pass_rows(row_budget(len(tokens)), sequences)
         count = len(tokens)
-        packed = torch.tensor([tokens, slots, positions], dtype=torch.int32).to(self.device)
-        for target, source in zip((rows.token, rows.slot, rows.position), packed, strict=True):
+        packed = torch.tensor([tokens, slots, positions, stored], dtype=torch.int32).to(self.device)
+        for target, source in zip((rows.token, rows.slot, rows.position, rows.stored), packed, strict=True):
             target[:count].copy_(source)
-        rows.stored[:count].copy_(torch.tensor(stored))
         rows.count.fill_(count)
         key = (len(rows.token), sequences)
         if key not in self._passes:
@@ -284,12 +283,14 @@ class CudaDecoder:
 
         Then apply the next norm, if there is one, but for the division by the squares that are returned, if they are.
         """
-        layer = self.weights.layers[index]
-        if output_norm not in layer.norms:
+        layer, shard = self.weights.layers[index], self.weights.shard
+        if output_norm not in layer.norms and shard.size == 1:
             self._linear(rows, x, layer.linears[name], rows.stream, residual=rows.stream, next_norm=next_norm)
             return None if next_norm is None else rows.weighted.squares
         self._linear(rows, x, layer.linears[name], rows.branch)
-        rms_norm(rows.branch, layer.norms[output_norm], self.spec.rms_norm_eps, None, rows.branch, None, rows.count)
+        shard.add(rows.branch)
+        if output_norm in layer.norms:
+            rms_norm(rows.branch, layer.norms[output_norm], self.spec.rms_norm_eps, None, rows.branch, None, rows.count)
         rows.stream.add_(rows.branch)
         if next_norm is not None:
             self._norm(rows, next_norm)
