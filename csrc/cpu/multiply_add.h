@@ -14,6 +14,13 @@ template <typename T>
 struct MultiplyAdd {
   static constexpr int kDepth = 1;
   using Operand = Vec;
+  // What T is kept as where it is an operand many times: `MultiplyAdd<Element>` multiplies the same numbers.
+  using Element = float;
+  // kLanes operands at p as the bits of `Element`s, or n < kLanes * kDepth elements and zeros.
+  static inline Vec elements(const T* p) { return load(p); }
+  static inline Vec elements(const T* p, int n) { return load_partial(p, n, 0.0f); }
+  // kLanes operands.
+  static inline Operand strip(const T* p) { return load(p); }
   // [kStrips, kLanes, kDepth] weights, T or int8.
   template <typename Weight>
   static inline void weights(const Weight* p, Operand* strips) {
