@@ -129,11 +129,6 @@ static void copy_head(const T* head, int64_t head_dim, typename MultiplyAdd<T>::
   }
 }
 
-// Asks for a line for the second-level cache, which can wait for more of them at once than the first.
-static inline void prefetch(const void* address) {
-  __builtin_prefetch(address, 0, 2);
-}
-
 // Transposes the keys of a chunk and asks for those of the chunk after it.
 template <typename T>
 static void transpose_keys(const T* const* keys, const T* const* next_keys, Span span, int64_t head_dim,
@@ -467,11 +462,10 @@ static void write_output(const AttentionTile<T>& tile) {
     for (int64_t head = 0; head < tile.group; ++head) {
       const int64_t i = (row - tile.rows.begin) * tile.group + head;
       const float* accumulated = tile.total.accumulated + i * padded_head_dim(args);
+      const float scale = sees_nothing ? 0.0f : 1.0f / tile.total.sum[i];
       T* output =
           static_cast<T*>(args.output) + (row * args.num_heads + tile.kv_head * tile.group + head) * args.head_dim;
-      for (int64_t d = 0; d < args.head_dim; ++d) {
-        from_float(sees_nothing ? 0.0f : accumulated[d] / tile.total.sum[i], output + d);
-      }
+      for (int64_t d = 0; d < args.head_dim; ++d) from_float(accumulated[d] * scale, output + d);
     }
   }
 }
