@@ -11,10 +11,10 @@ CPP_FORMATTED := $(shell find csrc tests/cpp tests/cuda -name '*.c' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-gpu-compile cpp-test sanitize bench bench-peers lint format clean build/cpp-test build/cpp-address build/cpp-thread
+.PHONY: help setup demo test test-gpu-compile cpp-test sanitize bench bench-peers recipe-arithmetic recipe-ablations recipe-gsm8k lint format clean build/cpp-test build/cpp-address build/cpp-thread
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.demo-model ## Create .venv and install the package into it, editable.
 
@@ -45,6 +45,15 @@ bench: $(VENV)/.demo-model ## Run the benchmarks.
 bench-peers: $(VENV)/.demo-model $(PEERS)/.installed ## Compare with llama.cpp, vLLM and transformers.
 	$(PIP) install -q -c constraints.txt matplotlib
 	$(BIN)/python bench/peers/compare.py --peers-python $(PEERS)/bin/python $(PEERS_ARGS)
+
+recipe-arithmetic: $(VENV)/.demo-model ## Train a small model and verifiers for it on generated problems, and compare.
+	$(BIN)/python -m recipes.arithmetic $(RECIPE_ARGS)
+
+recipe-ablations: $(VENV)/.demo-model ## Vary what recipe-arithmetic decided; goes on from where that ended.
+	$(BIN)/python -m recipes.ablations $(RECIPE_ARGS)
+
+recipe-gsm8k: $(VENV)/.demo-model ## The same for any model: RECIPE_ARGS='--train problems.jsonl --model ...'.
+	$(BIN)/python -m recipes.gsm8k $(RECIPE_ARGS)
 
 # Engines to compare with live in an environment of their own. llama.cpp is compiled; vLLM may not exist for this machine.
 $(PEERS)/.installed: Makefile constraints.txt bench/peers/vllm_requirements.py

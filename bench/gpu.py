@@ -1,13 +1,18 @@
-"""The Triton kernels on a GPU: checked against the reference, then timed. Takes a few minutes; needs no network.
+"""The GPU backend: checked against the reference, then timed. Takes at most ten minutes; needs no network.
 
-    python bench/gpu.py [--checks-only] [--prefix 512 4096] [--sequences 1 8] [--output FILE]
+    python bench/gpu.py [--only engine|kernels] [--checks-only] [--minutes 9] [--output NAME] [--tiny]
 
-1. Every kernel at the shapes of Llama-3.2-1B against `llm2_fast.reference`, in three dtypes, with fresh random inputs.
-2. Bits: rows of `linear` and `branch_attention` alone, in batches of several sizes, and twice.
-3. Every kernel alone: median of CUDA-graph replays over inputs that rotate past the cache, and achieved bandwidth.
-4. A joint step of a random model as one CUDA graph, against the time of reading its weights once.
+1. The engine's tokens against the reference backend's on the CPU, with every kind of verifier, in float32.
+2. The engine's times per step beside those of transformers and of LLM2 as one would first write it (`gpu_engine.py`).
+3. Every kernel at the shapes of Llama-3.2-1B against `llm2_fast.reference`, in three dtypes, with fresh random inputs.
+4. Bits: rows of `linear` and `branch_attention` alone, in batches of several sizes, and twice.
+5. Kernels alone: median of CUDA-graph replays over inputs that rotate past the cache, and achieved bandwidth.
+6. A joint step of a random model as one CUDA graph, against the time of reading its weights once.
 
-Not run on a GPU so far. What it prints belongs into docs/results/gpu.md, in place of the estimates.
+`--output` writes NAME.json and NAME.md. `--tiny` runs the same code on tiny models in Triton's interpreter, without a
+GPU, to see that it runs; its figures mean nothing.
+
+Not run on a GPU so far. What it writes belongs into docs/results/gpu.md, in place of the estimates.
 """
 
 from __future__ import annotations
@@ -19,12 +24,17 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from kernel_launches import LLAMA_3_2_1B, Launch, Load, Maker, Shape, launches, pick_launch
+from gpu_engine import FULL, TINY, EngineRows, Sizes, check_engine
+from gpu_report import markdown
+from kernel_launches import Launch, Load, Maker, Shape, attention_launch, launches, pick_launch, selection_launch
 
 from llm2_fast import ops
 from llm2_fast.kernels.adjust_and_pick import adjust_and_pick
@@ -42,7 +52,7 @@ LARGEST_ERROR = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _CACHE_BYTES = 128 << 20  # inputs together larger than twice the L2 of an H200
 _REPLAYS = 20
 _BLOCK_SIZE = 16
-_DEVICE = "cuda"
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -67,30 +77,33 @@ def check_launch(launch: Launch) -> float:
     return max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-def run_checks() -> bool:
+def run_checks(shape: Shape, loads: tuple[Load, ...]) -> bool:
     """Print a line per kernel and dtype; whether all agree."""
     agree = True
     for dtype, largest in LARGEST_ERROR.items():
-        for load in (Load(sequences=3, branches=7, prefix=333), Load(sequences=1, branches=1, prefix=1)):
-            for launch in launches(_DEVICE, dtype, LLAMA_3_2_1B, load):
-                error = check_launch(launch)
+        for load in loads:
+            for launch in launches(_DEVICE, dtype, shape, load):
+                try:
+                    error = check_launch(launch)
+                except Exception:  # the others may do better
+                    traceback.print_exc()
+                    error = math.inf
                 verdict = "ok" if error <= largest else "WRONG"
                 agree &= verdict == "ok"
                 print(f"{verdict:5} {launch.name:24} {dtype!s:15} rows {load.rows:3} error {error:.1e}", flush=True)
     return agree
 
 
-def run_bit_checks() -> bool:
+def run_bit_checks(shape: Shape, load: Load) -> bool:
     """Whether rows have the same bits alone and among others, and in a second run."""
     same = True
     for dtype in LARGEST_ERROR:
-        load = Load(sequences=5, branches=80, prefix=700)
-        for launch in launches(_DEVICE, dtype, LLAMA_3_2_1B, load):
+        for launch in launches(_DEVICE, dtype, shape, load):
             if not launch.name.startswith(("linear", "branch_attention")):
                 continue
             together = launch.run()
             verdicts = [torch.equal(launch.run(), together)]
-            for rows in (1, 16, 17, 64, 65, 333):
+            for rows in (n for n in (1, 16, 17, 64, 65, 333) if n < load.rows):
                 part = tuple(
                     x[:rows] if isinstance(x, torch.Tensor) and x.shape[0] == load.rows else x for x in launch.arguments
                 )
@@ -104,6 +117,8 @@ def median_seconds(runs: list[Callable[[], Any]]) -> float:
     """Median time of one of `runs`, which are captured one after the other in a CUDA graph."""
     for run in runs:  # compiles
         run()
+    if _DEVICE == "cpu":  # only to see that it runs
+        return time_of(lambda: [run() for run in runs]) / len(runs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -122,29 +137,71 @@ def median_seconds(runs: list[Callable[[], Any]]) -> float:
     return statistics.median(seconds)
 
 
-def copy_bandwidth() -> float:
+def time_of(run: Callable[[], Any]) -> float:
+    """Seconds of one call, on the host."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def copy_bandwidth(elements: int) -> float:
     """Bytes per second, read and written, of a large copy."""
-    source = torch.randn(1 << 28, device=_DEVICE)
+    source = torch.randn(elements, device=_DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / median_seconds([lambda: target.copy_(source)] * 4)
+    return 2 * source.nbytes / median_seconds([lambda: target.copy_(source)] * 4)
 
 
-def time_kernels(load: Load, bandwidth: float) -> list[dict]:
-    """Every kernel alone in bfloat16, over copies of its inputs that together do not fit the cache."""
-    rows = []
-    for launch in launches(_DEVICE, torch.bfloat16, LLAMA_3_2_1B, load):
-        copies = max(2, min(32, _CACHE_BYTES // max(1, launch.bytes)))
-        sets = [tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in launch.arguments) for _ in range(copies)]
-        seconds = median_seconds([functools.partial(launch.op, *arguments) for arguments in sets])
-        rows.append(
-            {
-                "kernel": launch.name, "rows": load.rows, "prefix": load.prefix, "us": round(1e6 * seconds, 2),
-                "MB": round(launch.bytes / 1e6, 3), "GB/s": round(launch.bytes / seconds / 1e9, 1),
-                "% of copy": round(100 * launch.bytes / seconds / bandwidth, 1),
-            }
-        )  # fmt: skip
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+def past_the_cache(launch: Launch) -> list[tuple]:
+    """Copies of the arguments that together do not fit the cache."""
+    copies = max(2, min(32, _CACHE_BYTES // max(1, launch.bytes))) if _DEVICE == "cuda" else 1
+    return [tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in launch.arguments) for _ in range(copies)]
+
+
+def time_launch(launch: Launch, load: Load, bandwidth: float) -> dict:
+    """A kernel alone."""
+    row = {"kernel": launch.name, "sequences": load.sequences, "rows": load.rows, "prefix": load.prefix}
+    try:
+        seconds = median_seconds([functools.partial(launch.op, *arguments) for arguments in past_the_cache(launch)])
+    except Exception as error:  # the other kernels may do better
+        traceback.print_exc()
+        return row | {"left out": f"{type(error).__name__}: {error}"}
+    return row | {
+        "us": round(1e6 * seconds, 2), "MB": round(launch.bytes / 1e6, 3),
+        "GB/s": round(launch.bytes / seconds / 1e9, 1), "% of copy": round(100 * launch.bytes / seconds / bandwidth, 1),
+    }  # fmt: skip
+
+
+def selection_rows(sizes: Sizes, bandwidth: float) -> Iterator[dict]:
+    """`select_candidates` over bfloat16 logits by batch, beside what torch takes for top-k and log-sum-exp."""
+    for batch in (1, 4, 16, 64, 256) if _DEVICE == "cuda" else (1, 2):
+        load = Load(sequences=batch, branches=1)
+        launch = selection_launch(Maker(_DEVICE), torch.bfloat16, sizes.shape, load)
+        width = min(load.max_candidates + 1, sizes.shape.vocab_size)
+
+        def composition(logits: torch.Tensor, log_alpha: torch.Tensor, *_: Any, width: int = width) -> torch.Tensor:
+            z = logits.float()
+            values, _ = z.topk(width, dim=-1)  # one more than is kept, which tells whether any is cut
+            kept = values >= values[:, :1] + log_alpha[:, None]
+            return torch.logsumexp(z, dim=-1) + kept.sum(dim=-1)
+
+        row = time_launch(launch, load, bandwidth)
+        if "us" not in row:
+            yield row
+            continue
+        others = median_seconds([functools.partial(composition, *arguments) for arguments in past_the_cache(launch)])
+        times = {"x faster than torch": round(1e6 * others / row["us"], 2)}
+        yield row | times | {"target": "at least 85 % of copy beyond the L2 cache, at least 4 x torch"}
+
+
+def attention_rows(sizes: Sizes, bandwidth: float) -> Iterator[dict]:
+    """`branch_attention` over a long prefix, 1 and 8 branches."""
+    alone = None
+    for branches in (1, 8):
+        load = Load(branches=branches, prefix=32_768 if _DEVICE == "cuda" else 40)
+        row = time_launch(attention_launch(Maker(_DEVICE), sizes.dtype, sizes.shape, load), load, bandwidth)
+        alone = alone or row.get("us")
+        times = {"x 1 branch": round(row["us"] / alone, 3)} if "us" in row else {}
+        yield row | times | {"target": "at least 80 % of copy, 8 branches at most 1.1 x 1"}
 
 
 class JointStep:
@@ -237,7 +294,7 @@ class JointStep:
             )
             branch_attention(
                 self.query, *caches, *rows, self.row_has_own, *own, shape.head_dim**-0.5, 0, self.attended,
-                self.first_row, self.attention_workspace, counted,
+                self.first_row, self.attention_workspace,
             )  # fmt: skip
             self._linear(self.attended.view(len(self.stream), -1), layer["o"], self.stream, None, self.stream)
             rms_norm(self.stream, layer["norms"][1], 1e-5, None, self.normed, None, counted)
@@ -265,52 +322,83 @@ class JointStep:
         linear(x, weight, None, None, None, None, residual, activation, output, None, self.num_rows)
 
 
-def time_step(load: Load, bandwidth: float) -> dict:
+def time_step(sizes: Sizes, load: Load, bandwidth: float) -> dict:
     """A joint step as one graph; bytes are those of the weights."""
-    step = JointStep(LLAMA_3_2_1B, load)
+    step = JointStep(sizes.shape, load, sizes.dtype)
     seconds = median_seconds([step.run])
     if not (step.scores.isfinite().all() and (step.picked.index >= 0).all()):
         raise RuntimeError("the step computed something that is not finite")
     floor = step.weight_bytes / bandwidth
-    row = {
-        "kernel": "joint step", "rows": load.rows, "prefix": load.prefix, "us": round(1e6 * seconds, 1),
-        "floor us": round(1e6 * floor, 1), "% of floor": round(100 * floor / seconds, 1),
+    return {
+        "kernel": "joint step", "sequences": load.sequences, "rows": load.rows, "prefix": load.prefix,
+        "us": round(1e6 * seconds, 1), "floor us": round(1e6 * floor, 1), "% of copy": round(100 * floor / seconds, 1),
     }  # fmt: skip
-    print(json.dumps(row), flush=True)
-    return row
+
+
+def kernel_rows(sizes: Sizes, bandwidth: float) -> Iterator[dict]:
+    """Of every kernel, those with targets first."""
+    yield from selection_rows(sizes, bandwidth)
+    yield from attention_rows(sizes, bandwidth)
+    for sequences in (1, 8) if _DEVICE == "cuda" else (1,):
+        for prefix in sizes.prefixes:
+            width = min(32, sizes.shape.vocab_size)
+            load = Load(sequences=sequences, branches=min(8, width), prefix=prefix, max_candidates=width)
+            yield time_step(sizes, load, bandwidth)
+            for launch in launches(_DEVICE, sizes.dtype, sizes.shape, load):
+                yield time_launch(launch, load, bandwidth)
+
+
+def check_kernels(sizes: Sizes) -> bool:
+    """Whether kernels compute what the reference does, each row whatever the others."""
+    if _DEVICE == "cuda":
+        loads, many = (Load(3, 7, 333), Load(1, 1, 1)), Load(sequences=5, branches=80, prefix=700)
+    else:
+        loads, many = (Load(1, 2, 20, 4),), Load(sequences=2, branches=10, prefix=20)
+    return run_checks(sizes.shape, loads) & run_bit_checks(sizes.shape, many)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("engine", "kernels"), help="one half, for two calls")
     parser.add_argument("--checks-only", action="store_true")
-    parser.add_argument("--prefix", type=int, nargs="+", default=[512, 4096])
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--output", help="write all figures to this JSON file")
+    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing new after so many")
+    parser.add_argument("--output", metavar="NAME", help="write NAME.json and NAME.md, after every figure")
+    parser.add_argument("--tiny", action="store_true", help="tiny models in Triton's interpreter, without a GPU")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit(
-            "no CUDA device: expected one, since this script runs the kernels (bench/kernel_resources.py does not)"
-        )
-    start = time.monotonic()
+    if (_DEVICE == "cpu") != arguments.tiny:
+        sys.exit("expected a CUDA device, or --tiny and none (bench/kernel_resources.py needs none either)")
+    start, sizes = time.monotonic(), TINY if arguments.tiny else FULL
     torch.manual_seed(0)
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    print(json.dumps(machine))
-    correct = run_checks() & run_bit_checks()
-    print(f"checks: {'all ok' if correct else 'NOT ALL OK'} after {time.monotonic() - start:.0f} s", flush=True)
-    rows = []
-    if not arguments.checks_only:
-        bandwidth = copy_bandwidth()
-        machine["copy GB/s"] = round(bandwidth / 1e9, 1)
-        print(json.dumps(machine))
-        for prefix in arguments.prefix:
-            for sequences in arguments.sequences:
-                load = Load(sequences=sequences, prefix=prefix)
-                rows += time_kernels(load, bandwidth)
-                rows.append(time_step(load, bandwidth))
-    if arguments.output:
-        with open(arguments.output, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine, "correct": correct, "rows": rows}, file, indent=1)
-    sys.exit(not correct)
+    gpu = "none, Triton's interpreter" if arguments.tiny else torch.cuda.get_device_name()
+    machine = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    bandwidth = copy_bandwidth(1 << 28 if _DEVICE == "cuda" else 1 << 10)
+    machine["copy GB/s"] = round(bandwidth / 1e9, 1)
+    results: dict[str, Any] = {"machine": machine, "checks": {}, "engine": [], "kernels": []}
+
+    def late() -> bool:
+        return time.monotonic() > start + 60 * arguments.minutes
+
+    for name, check, rows in (
+        ("engine", check_engine, lambda: EngineRows(sizes, bandwidth).run(late)),
+        ("kernels", check_kernels, lambda: takewhile(lambda _: not late(), kernel_rows(sizes, bandwidth))),
+    ):
+        if arguments.only not in (None, name) or late():
+            continue
+        results["checks"][name] = "ok" if check(sizes) else "WRONG"
+        print(f"{name}: {results['checks'][name]} after {time.monotonic() - start:.0f} s", flush=True)
+        for row in () if arguments.checks_only else rows():
+            results[name].append(row)
+            print(json.dumps(row), flush=True)
+            if arguments.output:
+                write(results, arguments.output)
+    print(markdown(results))
+    sys.exit("WRONG" in results["checks"].values())
+
+
+def write(results: dict[str, Any], name: str) -> None:
+    """Both files."""
+    Path(f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    Path(f"{name}.md").write_text(markdown(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

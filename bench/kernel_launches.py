@@ -10,8 +10,12 @@ from typing import Any, NamedTuple
 import torch
 
 from llm2_fast import kernel_ops, ops, reference
+from llm2_fast.kernels.linear import WeightedRows, empty_partial, linear
+from llm2_fast.kernels.project_heads import project_heads
 
 _BLOCK_SIZE = 16
+_EPS = 1e-5
+_RANK = 32
 
 
 class Shape(NamedTuple):
@@ -102,7 +106,9 @@ def launches(device: str, dtype: torch.dtype, shape: Shape, load: Load) -> Itera
     yield from _beginning(make, dtype, shape, load)
     yield from _selection(make, dtype, shape, load)
     yield pick_launch(make, load.sequences, load.max_candidates)
-    yield _attention(make, dtype, shape, load)
+    yield attention_launch(make, dtype, shape, load)
+    for rank in (0, _RANK):
+        yield _projection(make, dtype, shape, load, rank)
     yield from _linears(make, dtype, shape, load.rows)
     yield from _small(make, dtype, shape, load)
     yield _commit(make, dtype, shape, load)
@@ -132,15 +138,24 @@ def _beginning(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Ite
     yield Launch("embed", kernel_ops._embed_cuda, reference.embed, arguments, moved)
 
 
-def _selection(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Iterator[Launch]:
-    batch, width = load.sequences, load.max_candidates
-    options = (make.full(batch, value=math.log(0.1)), make.full(batch, value=0, dtype=torch.int32), width)
-    logits = make.randn(batch, shape.vocab_size, dtype=dtype, scale=3.0)
-    written = batch * width * 8
-    yield Launch(
-        "select_candidates", ops._select_candidates_cuda, reference.select_candidates, (logits, *options),
-        size_of(logits) + written,
+def _selection_options(make: Maker, load: Load) -> tuple[torch.Tensor, torch.Tensor, int]:
+    batch = load.sequences
+    return make.full(batch, value=math.log(0.1)), make.full(batch, value=0, dtype=torch.int32), load.max_candidates
+
+
+def selection_launch(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Launch:
+    """`select_candidates`."""
+    logits = make.randn(load.sequences, shape.vocab_size, dtype=dtype, scale=3.0)
+    return Launch(
+        "select_candidates", ops._select_candidates_cuda, reference.select_candidates,
+        (logits, *_selection_options(make, load)), size_of(logits) + load.sequences * load.max_candidates * 8,
     )  # fmt: skip
+
+
+def _selection(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Iterator[Launch]:
+    batch, options = load.sequences, _selection_options(make, load)
+    written = batch * load.max_candidates * 8
+    yield selection_launch(make, dtype, shape, load)
     hidden_states = make.randn(batch, shape.hidden_size, dtype=dtype)
     weight = make.randn(shape.vocab_size, shape.hidden_size, dtype=dtype, scale=3.0 / shape.hidden_size**0.5)
     yield Launch(
@@ -178,7 +193,8 @@ def _block_table(make: Maker, load: Load) -> tuple[torch.Tensor, int]:
     return make.int32(table), len(blocks)
 
 
-def _attention(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Launch:
+def attention_launch(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Launch:
+    """`branch_attention`."""
     row_sequence, row_prefix_length = _rows(make, load)
     table, num_blocks = _block_table(make, load)
     cache = (num_blocks, shape.num_kv_heads, _BLOCK_SIZE, shape.head_dim)
@@ -195,31 +211,141 @@ def _attention(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Lau
     return Launch("branch_attention", ops._branch_attention_cuda, reference.branch_attention, arguments, moved, flops)
 
 
+def _lora(make: Maker, dtype: torch.dtype, rows: int, num_weight_rows: int, rank: int) -> tuple:
+    """Arguments of a low-rank update of all rows, or none."""
+    if rank == 0:
+        return None, None, None
+    return (
+        make.randn(rows, rank, dtype=dtype), make.randn(num_weight_rows, rank, dtype=dtype),
+        make.full(rows, value=1, dtype=torch.bool),
+    )  # fmt: skip
+
+
+def _squares(make: Maker, rows: int, size: int) -> torch.Tensor:
+    """Sums of squares of rows on their way through a norm."""
+    empty = WeightedRows.empty(rows, size, torch.float32, torch.device("meta"))
+    return 16 * make.randn(*empty.squares.shape).square()
+
+
+def _heads(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> tuple:
+    """Arguments of what rotates and stores heads: angles, caches, and where rows belong."""
+    row_sequence, row_position = _rows(make, load)
+    table, num_blocks = _block_table(make, load)
+    cache = (num_blocks, shape.num_kv_heads, _BLOCK_SIZE, shape.head_dim)
+    angles = make.randn(load.rows, shape.head_dim // 2)
+    return (
+        angles.cos(), angles.sin(), make.randn(*cache, dtype=dtype), make.randn(*cache, dtype=dtype), table,
+        row_sequence, row_position, make.full(load.rows, value=0, dtype=torch.bool),
+    )  # fmt: skip
+
+
+def _projection(make: Maker, dtype: torch.dtype, shape: Shape, load: Load, rank: int) -> Launch:
+    rows, hidden = load.rows, shape.hidden_size
+    weight = make.randn(shape.qkv_size, hidden, dtype=dtype, scale=hidden**-0.5)
+    update, heads = _lora(make, dtype, rows, shape.qkv_size, rank), _heads(make, dtype, shape, load)
+    squares = _squares(make, rows, hidden)
+    arguments = (make.randn(rows, hidden, dtype=dtype), weight, *update, *heads, squares)
+    read = size_of(*arguments[:5], *heads[:2], *heads[4:], squares)
+    return Launch(
+        "project_heads" + (", LoRA" if rank else ""), _project_heads, _project_heads_reference, arguments,
+        read + rows * shape.qkv_size * dtype.itemsize, 2 * rows * weight.numel(), mutated=(7, 8),
+    )  # fmt: skip
+
+
+def _project_heads(*arguments: torch.Tensor | None) -> list[torch.Tensor]:
+    """Queries, own keys and values of x, weight, a low-rank update, `_heads` and squares."""
+    x, weight, *update = arguments[:5]
+    heads, squares = arguments[5:13], arguments[13]
+    _, num_kv_heads, _, head_dim = heads[2].shape
+    num_heads = len(weight) // head_dim - 2 * num_kv_heads
+    outputs = [x.new_empty(len(x), n, head_dim) for n in (num_heads, num_kv_heads, num_kv_heads)]
+    partial = empty_partial(len(x), weight)
+    project_heads(x, weight, None, *update, *heads, *outputs, partial, None, squares, _EPS)
+    return outputs
+
+
+def _project_heads_reference(*arguments: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    x, weight, *update = arguments[:5]
+    heads, squares = arguments[5:13], arguments[13]
+    qkv = _linear_reference(x, weight, *update, None, None, torch.float32, squares, None, None, None)
+    _, num_kv_heads, _, head_dim = heads[2].shape
+    num_heads = len(weight) // head_dim - 2 * num_kv_heads
+    return reference.rope_and_store(qkv, *heads[:2], None, None, _EPS, num_heads, *heads[2:])
+
+
 def _linears(make: Maker, dtype: torch.dtype, shape: Shape, rows: int) -> Iterator[Launch]:
+    """As layers call them: a norm is begun by the product that writes the stream and ended by the one that reads it."""
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
     parts = (
-        ("qkv", shape.qkv_size, hidden, None, False, 0),
         ("o", hidden, shape.num_heads * shape.head_dim, None, True, 0),
         ("gate_up", 2 * intermediate, hidden, "silu_mul", False, 0),
         ("down", hidden, intermediate, None, True, 0),
-        ("gate_up, LoRA", 2 * intermediate, hidden, "silu_mul", False, 32),
+        ("gate_up, LoRA", 2 * intermediate, hidden, "silu_mul", False, _RANK),
+        ("A of LoRA", _RANK, hidden, None, False, 0),
     )
-    for name, num_weight_rows, in_features, activation, residual, rank in parts:
+    for name, num_weight_rows, in_features, activation, ends, rank in parts:
         out_features = num_weight_rows if activation is None else num_weight_rows // 2
         x = make.randn(rows, in_features, dtype=dtype)
         weight = make.randn(num_weight_rows, in_features, dtype=dtype, scale=in_features**-0.5)
+        written = WeightedRows.empty(rows, out_features, dtype, make.device) if ends else (None, None)
         arguments = (
-            x, weight, None, make.randn(rows, rank, dtype=dtype) if rank else None,
-            make.randn(num_weight_rows, rank, dtype=dtype) if rank else None,
-            make.full(rows, value=1, dtype=torch.bool) if rank else None,
-            make.randn(rows, out_features) if residual else None, activation,
-            None if activation else torch.float32,
+            x, weight, *_lora(make, dtype, rows, num_weight_rows, rank),
+            make.randn(rows, out_features) if ends else None, activation, None if activation else torch.float32,
+            None if ends else _squares(make, rows, in_features), make.randn(out_features) if ends else None, *written,
         )  # fmt: skip
-        written = rows * out_features * (x.element_size() if activation else 4)
+        returned = rows * out_features * (x.element_size() if activation else 4)
         yield Launch(
-            f"linear ({name})", kernel_ops._linear_cuda, reference.linear, arguments, size_of(*arguments) + written,
-            2 * rows * weight.numel(),
+            f"linear ({name})", _linear, _linear_reference, arguments, size_of(*arguments) + returned,
+            2 * rows * weight.numel(), mutated=(10, 11) if ends else (),
         )  # fmt: skip
+
+
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_hidden: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    row_adapted: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype | None,
+    squares: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    values: torch.Tensor | None,
+    value_squares: torch.Tensor | None,
+) -> torch.Tensor:
+    """`linear` with a norm before or after it. What else it writes are the last two arguments."""
+    inputs = (x, weight, None, lora_hidden, lora_b, row_adapted, residual, activation)
+    output = kernel_ops._empty_linear(*inputs, dtype)
+    weighted = None if values is None else WeightedRows(values, value_squares)
+    linear(*inputs, output, empty_partial(len(x), weight), None, squares, _EPS, norm_weight, weighted)
+    return output
+
+
+def _linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_hidden: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    row_adapted: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype | None,
+    squares: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    values: torch.Tensor | None,
+    value_squares: torch.Tensor | None,
+) -> torch.Tensor:
+    inputs = (lora_hidden, lora_b, row_adapted, residual, activation)
+    if squares is None:
+        output = reference.linear(x, weight, None, *inputs, dtype)
+    else:
+        rms = (squares.sum(dim=1, keepdim=True) / x.shape[1] + _EPS).sqrt()
+        output = reference.linear(x.float() / rms, weight, None, *inputs, dtype or x.dtype)
+    if values is not None:
+        values.copy_(output * norm_weight)
+        value_squares.copy_(output.square().view(len(x), value_squares.shape[1], -1).sum(dim=2))
+    return output
 
 
 def _small(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Iterator[Launch]:
@@ -235,14 +361,10 @@ def _small(make: Maker, dtype: torch.dtype, shape: Shape, load: Load) -> Iterato
         "add_rms_norm", kernel_ops._add_rms_norm_cuda, reference.add_rms_norm, (x, stream, weight, 1e-5),
         2 * size_of(x, stream) + size_of(weight),
     )  # fmt: skip
-    row_sequence, row_position = _rows(make, load)
-    table, num_blocks = _block_table(make, load)
-    cache = (num_blocks, shape.num_kv_heads, _BLOCK_SIZE, shape.head_dim)
-    angles = make.randn(rows, shape.head_dim // 2)
+    cosine, sine, *where = _heads(make, dtype, shape, load)
     arguments = (
-        make.randn(rows, shape.qkv_size), angles.cos(), angles.sin(), make.randn(shape.head_dim),
-        make.randn(shape.head_dim), 1e-6, shape.num_heads, make.randn(*cache, dtype=dtype),
-        make.randn(*cache, dtype=dtype), table, row_sequence, row_position, make.full(rows, value=0, dtype=torch.bool),
+        make.randn(rows, shape.qkv_size), cosine, sine, make.randn(shape.head_dim), make.randn(shape.head_dim), 1e-6,
+        shape.num_heads, *where,
     )  # fmt: skip
     yield Launch(
         "rope_and_store", kernel_ops._rope_and_store_cuda, reference.rope_and_store, arguments,

@@ -32,6 +32,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_INSTRUCTIONS = r"wgmma\.mma_async|mma\.sync|\btf32|\b(?:atom|red)\.[.\w]+|griddepcontrol\.wait"
 _LOADS = (Load(), Load(sequences=8), Load(sequences=64))  # 8, 64 and 512 rows
 
 
@@ -48,7 +49,7 @@ class Resources:
     registers: int
     local_bytes: int
     shared_bytes: int
-    instructions: tuple[str, ...]  # matrix instructions and atomics in the PTX
+    instructions: tuple[str, ...]  # matrix instructions, atomics and waits for the kernel before, in the PTX
 
 
 class _NoDevice:
@@ -99,7 +100,7 @@ def resources(arch: int, dtype: str) -> Iterator[Resources]:
                 seen.add(kernel.hash)
                 registers, local_bytes, shared_bytes = _read_usage(kernel.asm["cubin"])
                 shared_bytes += kernel.metadata.shared
-                instructions = re.findall(r"wgmma\.mma_async|mma\.sync|\btf32|\b(?:atom|red)\b", kernel.asm["ptx"])
+                instructions = re.findall(_INSTRUCTIONS, kernel.asm["ptx"])
                 yield Resources(
                     launch.name, name.strip("_"), arch, dtype, load.rows, kernel.metadata.num_warps,
                     registers, local_bytes, shared_bytes, tuple(sorted(set(instructions))),

@@ -32,13 +32,15 @@ class NaiveVerifier:
     def score(self, token_ids: Sequence[int], candidate_ids: torch.Tensor) -> torch.Tensor:
         """Append `token_ids` to the sequence and score `candidate_ids` [k] as its next token; float32 [k]."""
         past, chain, count = self._cache.get_seq_length(), len(token_ids), len(candidate_ids)
-        visible = torch.ones(chain + count, past + chain + count).tril(past)
-        visible[chain:, past + chain :] = torch.eye(count)
-        positions = torch.cat([torch.arange(past, past + chain), torch.full((count,), past + chain)])
+        device = candidate_ids.device
+        visible = torch.ones(chain + count, past + chain + count, device=device).tril(past)
+        visible[chain:, past + chain :] = torch.eye(count, device=device)
+        positions = torch.arange(past, past + chain + 1, device=device)
+        positions = torch.cat([positions[:-1], positions[-1:].expand(count)])
         mask = torch.zeros_like(visible, dtype=self._network.dtype)
         mask.masked_fill_(visible == 0, torch.finfo(mask.dtype).min)
         hidden_states = self._network(
-            input_ids=torch.cat([torch.tensor(token_ids), candidate_ids])[None],
+            input_ids=torch.cat([torch.tensor(token_ids, device=device), candidate_ids])[None],
             attention_mask=mask[None, None],
             position_ids=positions[None],
             past_key_values=self._cache,
@@ -62,7 +64,7 @@ def generate(
     """Continue one prompt.
 
     Args:
-        model: A causal language model on the CPU.
+        model: A causal language model.
         verifier: A fresh one.
         prompt_token_ids: At least one token.
         max_new_tokens, alpha, beta: As in `llm2_fast.GenerationConfig`.
@@ -74,7 +76,9 @@ def generate(
     cache = DynamicCache()
     pending, token_ids, num_candidates = list(prompt_token_ids), [], []
     while len(token_ids) < max_new_tokens:
-        output = model(torch.tensor([pending]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(
+            torch.tensor([pending], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
         logits = output.logits[0, -1].float()
         candidate_ids = (logits >= logits.max() + math.log(alpha)).nonzero().flatten()
         adjusted = logits[candidate_ids] + beta * verifier.score(pending, candidate_ids)

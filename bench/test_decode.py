@@ -15,7 +15,6 @@ Environment:
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,21 +25,18 @@ import harness
 import naive
 import pytest
 import torch
-from transformers import AutoModel, PreTrainedModel
+from random_models import random_full, random_head, random_lora
 
 import llm2_fast
 from llm2_fast.integrations.transformers import VerifierLogitsProcessor
-from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.models.loading import LoadedModel, load_model
 from llm2_fast.models.smollm2 import model_file
-from llm2_fast.verifier import FullVerifier, HeadVerifier, LoraVerifier, ScoreHead, Verifier
+from llm2_fast.verifier import FullVerifier, HeadVerifier, LoraVerifier, Verifier
 
 NEW_TOKENS = int(os.environ.get("LLM2_FAST_BENCH_NEW_TOKENS", 16))
 NUM_PROMPTS = int(os.environ.get("LLM2_FAST_BENCH_PROMPTS", 2))
 ROUNDS = int(os.environ.get("LLM2_FAST_BENCH_ROUNDS", 1))
 WARMUP_TOKENS = 3
-LORA_RANK = 16
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TEXTS = (
     "A baker makes 12 loaves and sells 7 of them. How many are left?",
     "The train leaves at nine and takes three hours, so it arrives at",
@@ -90,34 +86,13 @@ def verifiers(model: LoadedModel) -> dict[str, Verifier | None]:
     torch.manual_seed(0)
     made = {
         "none": None,
-        "head": random_head(model),
-        "lora": random_lora(model),
+        "head": random_head(model.model),
+        "lora": random_lora(model.model),
         "full": random_full(model.model),
     }
     for kind in ("head", "lora"):
         made[kind].base = model  # shared: a processor's own copy would cost memory, not time
     return made
-
-
-def random_head(model: LoadedModel) -> HeadVerifier:
-    head = ScoreHead(model.model.config.hidden_size)
-    return HeadVerifier(head, base_name=model.name, base_fingerprint=fingerprint(model.model))
-
-
-def random_lora(model: LoadedModel) -> LoraVerifier:
-    tensors = {"base_model.model.score.weight": torch.randn(1, model.model.config.hidden_size) * 0.02}
-    for name, module in model.model.named_modules():
-        if name.endswith(LORA_TARGETS):
-            prefix = f"base_model.model.{name}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(LORA_RANK, module.in_features) * 0.01
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(module.out_features, LORA_RANK) * 0.01
-    config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": LORA_RANK, "lora_alpha": LORA_RANK}
-    return LoraVerifier(config, tensors, base_name=model.name, base_fingerprint=fingerprint(model.model))
-
-
-def random_full(model: PreTrainedModel) -> FullVerifier:
-    network = AutoModel.from_config(copy.deepcopy(model.config)).to(torch.float32).eval()
-    return FullVerifier(network, torch.randn(1, model.config.hidden_size) * 0.02)
 
 
 def verifier_bytes(verifier: Verifier | None) -> int:

@@ -2,9 +2,10 @@
 
 A program takes a tile of rows of one sequence (`row_tiles`) with all query heads of one key/value head, as one matrix
 of queries, so the prefix is read once for all of them. It covers every 16th chunk of 64 positions (32 in float32),
-counted from position 0, with an online softmax; the program of chunk 0 begins with the rows' own keys and values. A
-second kernel merges the 16 parts by their log-sum-exp. Exponentials and logarithms have base 2. What a row's result is
-made of, and in which order, depends on its own positions only, never on the other rows of the call.
+counted from position 0, with an online softmax; the program of chunk 0 begins with the rows' own keys and values. The
+one that finishes last merges the 16 parts in their order by their log-sum-exp. Exponentials and logarithms have base 2.
+What a row's result is made of, and in which order, depends on its own positions only, never on the other rows of the
+call.
 
 Sources: Dao et al., "FlashAttention", 2022; Juravsky et al., "Hydragen", 2024, for the shared prefix.
 """
@@ -18,8 +19,10 @@ import triton
 import triton.language as tl
 
 from llm2_fast.errors import ArgumentError
-from llm2_fast.kernels.arguments import FLOATS, check_ndim, check_num_rows, check_output, check_range, check_tensor
+from llm2_fast.kernels.arguments import FLOATS, check_ndim, check_output, check_range, check_tensor
+from llm2_fast.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from llm2_fast.kernels.dot import dot
+from llm2_fast.kernels.last_program import is_last
 
 NUM_SPLITS = 16
 
@@ -45,6 +48,7 @@ class Workspace(NamedTuple):
 
     output: torch.Tensor  # float32 [R, num_heads, NUM_SPLITS, head_dim]
     logsumexp: torch.Tensor  # float32 [R, num_heads, NUM_SPLITS], base 2
+    counters: torch.Tensor  # int32 [R, num_heads], zeros; enough for every row tile and key/value head
 
     @classmethod
     def empty(cls, rows: int, num_heads: int, head_dim: int, device: torch.device) -> Workspace:
@@ -52,6 +56,7 @@ class Workspace(NamedTuple):
         return cls(
             torch.empty(rows, num_heads, NUM_SPLITS, head_dim, dtype=torch.float32, device=device),
             torch.empty(rows, num_heads, NUM_SPLITS, dtype=torch.float32, device=device),
+            torch.zeros(rows, num_heads, dtype=torch.int32, device=device),
         )
 
 
@@ -66,14 +71,56 @@ def _visible_range(rows, exists, row_prefix_length, row_has_own, sliding_window)
 
 
 @triton.jit
-def _partial_kernel(
+def _chunk_of_split(first_chunk, split, NUM_SPLITS: tl.constexpr):
+    """The first chunk from `first_chunk` on that belongs to a split."""
+    return first_chunk + (split - first_chunk % NUM_SPLITS + NUM_SPLITS) % NUM_SPLITS
+
+
+@triton.jit
+def _merge(
+    rows, heads, exists, start, length, has_own, parts, logsumexp, output, num_heads,
+    HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, QUERIES: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The result of every row from the splits that hold a chunk of it; others may not have written their part."""
+    sees_prefix, first_chunk = start < length, start // CHUNK
+    at = (rows * num_heads + heads) * NUM_SPLITS
+    maximum = tl.full((QUERIES,), float("-inf"), tl.float32)
+    for split in tl.static_range(NUM_SPLITS):
+        written = sees_prefix & (_chunk_of_split(first_chunk, split, NUM_SPLITS) * CHUNK < length)
+        written = exists & (written | (split == 0))
+        lse = tl.load(logsumexp + at + split, mask=written, other=float("-inf"), cache_modifier=".cg")
+        maximum = tl.maximum(maximum, lse)
+    base = tl.where(maximum == float("-inf"), 0.0, maximum)
+    dims = tl.arange(0, DIMS)
+    in_head = dims < HEAD_DIM
+    total, merged = tl.zeros((QUERIES,), tl.float32), tl.zeros((QUERIES, DIMS), tl.float32)
+    for split in tl.range(NUM_SPLITS, num_stages=4):  # several parts on their way
+        written = sees_prefix & (_chunk_of_split(first_chunk, split, NUM_SPLITS) * CHUNK < length)
+        written = exists & (written | (split == 0))
+        lse = tl.load(logsumexp + at + split, mask=written, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.exp2(lse - base)
+        part = tl.load(
+            parts + (at + split)[:, None] * HEAD_DIM + dims[None, :], mask=written[:, None] & in_head[None, :],
+            other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        total += weight
+        merged += weight[:, None] * part
+    merged = tl.where((sees_prefix | has_own)[:, None], merged / total[:, None], 0.0)
+    target = output + (rows * num_heads + heads)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(target, merged.to(output.dtype.element_ty), mask=exists[:, None] & in_head[None, :])
+
+
+@triton.jit
+def _attention_kernel(
     query, key_cache, value_cache, block_table, row_sequence, row_prefix_length, row_has_own, own_key, own_value,
-    first_row, output, logsumexp, scale, sliding_window, num_heads,
+    first_row, parts, logsumexp, counters, output, scale, sliding_window, num_heads,
     query_row, query_head, key_block, key_head, key_position, value_block, value_head, value_position, table_row,
     own_key_row, own_key_head, own_value_row, own_value_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
     NUM_SPLITS: tl.constexpr, QUERIES: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     kv_head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     first, end = tl.load(first_row + tl.program_id(0)), tl.load(first_row + tl.program_id(0) + 1)
     if first >= end:
@@ -86,7 +133,7 @@ def _partial_kernel(
     sees_prefix = start < length
     end_of_prefix = tl.max(tl.where(sees_prefix, length, 0), axis=0)
     first_chunk = tl.min(tl.where(sees_prefix, start, end_of_prefix), axis=0) // CHUNK
-    chunk_of_split = first_chunk + (split - first_chunk % NUM_SPLITS + NUM_SPLITS) % NUM_SPLITS
+    chunk_of_split = _chunk_of_split(first_chunk, split, NUM_SPLITS)
     if (split > 0) & (chunk_of_split * CHUNK >= end_of_prefix):
         return
 
@@ -137,37 +184,15 @@ def _partial_kernel(
     at = (rows * num_heads + heads) * NUM_SPLITS + split
     tl.store(logsumexp + at, tl.where(nothing, float("-inf"), maximum + tl.log2(total)), mask=exists)
     normalized = attended / tl.where(nothing, 1.0, total)[:, None]
-    tl.store(output + at[:, None] * HEAD_DIM + dims[None, :], normalized, mask=exists[:, None] & in_head[None, :])
-
-
-@triton.jit
-def _merge_kernel(
-    row_prefix_length, row_has_own, num_rows, partial_output, logsumexp, output, sliding_window, num_heads,
-    HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if num_rows is not None and row >= tl.load(num_rows):
-        return
-    splits, dims = tl.arange(0, NUM_SPLITS), tl.arange(0, DIMS)
-    rows = row + tl.zeros((NUM_SPLITS,), tl.int64)
-    start, length, has_own = _visible_range(rows, splits >= 0, row_prefix_length, row_has_own, sliding_window)
-    sees_prefix = start < length
-    # The parts that hold a chunk of this row; the others may not have been written.
-    first_chunk = start // CHUNK
-    chunk = first_chunk + (splits - first_chunk % NUM_SPLITS + NUM_SPLITS) % NUM_SPLITS
-    written = (splits == 0) | (sees_prefix & (chunk * CHUNK < length))
-    at = (row * num_heads + head) * NUM_SPLITS + splits
-    lse = tl.load(logsumexp + at, mask=written, other=float("-inf"))
-    maximum = tl.max(lse, axis=0)
-    weights = tl.exp2(lse - tl.where(maximum == float("-inf"), 0.0, maximum))
-    in_head = dims < HEAD_DIM
-    parts = tl.load(
-        partial_output + at[:, None] * HEAD_DIM + dims[None, :], mask=written[:, None] & in_head[None, :], other=0.0
-    )
-    merged = tl.sum(weights[:, None] * parts, axis=0) / tl.sum(weights, axis=0)
-    sees_nothing = tl.max((sees_prefix | has_own).to(tl.int32), axis=0) == 0
-    merged = tl.where(sees_nothing, 0.0, merged)
-    tl.store(output + (row * num_heads + head) * HEAD_DIM + dims, merged.to(output.dtype.element_ty), mask=in_head)
+    tl.store(parts + at[:, None] * HEAD_DIM + dims[None, :], normalized, mask=exists[:, None] & in_head[None, :])
+    num_chunks = tl.maximum(tl.cdiv(end_of_prefix, CHUNK) - first_chunk, 0)
+    zero_has_chunk = _chunk_of_split(first_chunk, 0, NUM_SPLITS) * CHUNK < end_of_prefix
+    num_programs = tl.minimum(num_chunks, NUM_SPLITS) + tl.where(zero_has_chunk, 0, 1)
+    if is_last(counters + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), num_programs):
+        _merge(
+            rows, heads, exists, start, length, has_own, parts, logsumexp, output, num_heads,
+            HEAD_DIM, NUM_SPLITS, QUERIES, DIMS, CHUNK,
+        )  # fmt: skip
 
 
 def tile_rows(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -190,7 +215,6 @@ def branch_attention(
     output: torch.Tensor,
     first_row: torch.Tensor,
     workspace: Workspace,
-    num_rows: torch.Tensor | None = None,
 ) -> None:
     """`llm2_fast.reference.branch_attention` within rounding; a row's bits do not depend on the other rows.
 
@@ -208,9 +232,9 @@ def branch_attention(
         scale: Factor on the dot products.
         sliding_window: 0 for none.
         output: [R, num_heads, head_dim], dtype of `query`, written.
-        first_row: int32 [T + 1], from `plan_row_tiles` with `tile_rows`; layers share it.
+        first_row: int32 [T + 1], from `plan_row_tiles` with `tile_rows`; layers share it. Rows in no tile are not
+            touched.
         workspace: See `Workspace.empty`.
-        num_rows: int32 [1], as for `plan_row_tiles`; rows from it on are not touched. None for all.
 
     Raises:
         ArgumentError: An argument has the wrong shape, dtype, strides, device or range.
@@ -237,24 +261,19 @@ def branch_attention(
     check_tensor("first_row", first_row, torch.int32, first_row.shape, device)
     check_output("workspace.output", workspace.output, torch.float32, (rows, num_heads, NUM_SPLITS, head_dim), device)
     check_output("workspace.logsumexp", workspace.logsumexp, torch.float32, (rows, num_heads, NUM_SPLITS), device)
-    check_num_rows(num_rows, device)
+    check_output("workspace.counters", workspace.counters, torch.int32, (rows, num_heads), device)
     if rows == 0:
         return
     dims, tiling = max(16, triton.next_power_of_2(head_dim)), _Tiling.of(head_dim, dtype)
     row_has_own = row_has_own.view(torch.uint8)
-    _partial_kernel[(len(first_row) - 1, num_kv_heads, NUM_SPLITS)](
+    _attention_kernel[(len(first_row) - 1, num_kv_heads, NUM_SPLITS)](
         query, key_cache, value_cache, block_table, row_sequence, row_prefix_length, row_has_own, own_key, own_value,
-        first_row, *workspace, scale, sliding_window, num_heads,
+        first_row, *workspace, output, scale, sliding_window, num_heads,
         *query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3], block_table.stride(0),
         *own_key.stride()[:2], *own_value.stride()[:2],
         GROUP=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, WINDOWED=sliding_window > 0,
         NUM_SPLITS=NUM_SPLITS, QUERIES=tiling.queries, DIMS=dims, CHUNK=tiling.chunk,
-        num_warps=tiling.num_warps, num_stages=3, enable_fp_fusion=True,
-    )  # fmt: skip
-    _merge_kernel[(rows, num_heads)](
-        row_prefix_length, row_has_own, num_rows, *workspace, output, sliding_window, num_heads,
-        HEAD_DIM=head_dim, NUM_SPLITS=NUM_SPLITS, DIMS=dims, CHUNK=tiling.chunk,
-        num_warps=1 if head_dim <= 64 else 4, enable_fp_fusion=True,
+        num_warps=tiling.num_warps, num_stages=3, enable_fp_fusion=True, **dependent_launch(),
     )  # fmt: skip
 
 

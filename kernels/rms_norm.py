@@ -11,6 +11,7 @@ import triton.language as tl
 
 from llm2_fast.errors import ArgumentError
 from llm2_fast.kernels.arguments import FLOATS, check_ndim, check_num_rows, check_output, check_range, check_tensor
+from llm2_fast.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 
 MAX_SIZE = 16384  # a row is held in registers
 
@@ -23,8 +24,10 @@ def inverse_rms(sum_of_squares, size, eps):
 
 @triton.jit
 def _rms_norm_kernel(
-    x, weight, residual, num_rows, output, summed, eps, size, x_row, residual_row, BLOCK: tl.constexpr
-):
+    x, weight, residual, num_rows, output, summed, eps, size, x_row, residual_row,
+    BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     if num_rows is not None and row >= tl.load(num_rows):
         return
@@ -82,5 +85,5 @@ def rms_norm(
     _rms_norm_kernel[(rows,)](
         x, weight, residual, num_rows, output, summed, eps, size, x.stride(0),
         0 if residual is None else residual.stride(0),
-        BLOCK=block, num_warps=max(1, min(16, block // 512)), enable_fp_fusion=True,
+        BLOCK=block, num_warps=max(1, min(16, block // 512)), enable_fp_fusion=True, **dependent_launch(),
     )  # fmt: skip

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from llm2_fast.errors import ArgumentError
 from llm2_fast.kernels.arguments import FLOATS, check_ndim, check_num_rows, check_output, check_tensor
+from llm2_fast.kernels.dependent_launch import dependent_launch, wait_for_predecessor
 from llm2_fast.kernels.rms_norm import inverse_rms
 
 
@@ -38,8 +39,9 @@ def _rope_kernel(
     qkv, cosine, sine, q_norm, k_norm, block_table, row_sequence, row_position, row_stored, num_rows,
     query, own_key, own_value, key_cache, value_cache, eps, num_heads, num_kv_heads, qkv_row, table_row,
     key_block, key_head, key_position, value_block, value_head, value_position,
-    HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(DEPENDENT)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if num_rows is not None and row >= tl.load(num_rows):
         return
@@ -111,19 +113,59 @@ def rope_and_store(
     Raises:
         ArgumentError: An argument has the wrong shape, dtype, strides or device.
     """
-    check_ndim("query", query, 3)
-    check_ndim("key_cache", key_cache, 4)
-    (rows, num_heads, head_dim), device, dtype = query.shape, query.device, query.dtype
-    num_kv_heads, block_size = key_cache.shape[1:3]
-    if head_dim % 2 != 0:
-        raise ArgumentError("head_dim of query", "an even number", head_dim)
-    check_tensor("qkv", qkv, FLOATS, (rows, (num_heads + 2 * num_kv_heads) * head_dim), device)
-    check_output("cosine", cosine, torch.float32, (rows, head_dim // 2), device)
-    check_output("sine", sine, torch.float32, (rows, head_dim // 2), device)
+    check_ndim("qkv", qkv, 2)
+    rows, device = len(qkv), qkv.device
+    check_tensor("qkv", qkv, FLOATS, qkv.shape, device)
+    check_heads(
+        rows, qkv.shape[1], cosine, sine, key_cache, value_cache, block_table, row_sequence, row_position, row_stored,
+        query, own_key, own_value,
+    )  # fmt: skip
+    (_, num_heads, head_dim), (num_kv_heads, block_size) = query.shape, key_cache.shape[1:3]
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
             check_tensor(name, norm, FLOATS, (head_dim,), device)
-    check_tensor("key_cache", key_cache, dtype, (key_cache.shape[0], num_kv_heads, block_size, head_dim), device)
+    check_num_rows(num_rows, device)
+    if rows == 0:
+        return
+    _rope_kernel[(rows, num_heads + 2 * num_kv_heads)](
+        qkv, cosine, sine, q_norm, k_norm, block_table, row_sequence, row_position, row_stored.view(torch.uint8),
+        num_rows, query, own_key, own_value, key_cache, value_cache, eps, num_heads, num_kv_heads, qkv.stride(0),
+        block_table.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3],
+        HALF=head_dim // 2, BLOCK_SIZE=block_size, BLOCK=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        enable_fp_fusion=True, **dependent_launch(),
+    )  # fmt: skip
+
+
+def check_heads(
+    rows: int,
+    width: int,
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    row_sequence: torch.Tensor,
+    row_position: torch.Tensor,
+    row_stored: torch.Tensor,
+    query: torch.Tensor,
+    own_key: torch.Tensor,
+    own_value: torch.Tensor,
+) -> None:
+    """Refuse what does not fit `rows` rows of `width` features of queries, keys and values; see `rope_and_store`."""
+    check_ndim("query", query, 3)
+    check_ndim("key_cache", key_cache, 4)
+    (_, num_heads, head_dim), device, dtype = query.shape, query.device, query.dtype
+    num_kv_heads = key_cache.shape[1]
+    if head_dim % 2 != 0:
+        raise ArgumentError("head_dim of query", "an even number", head_dim)
+    if (num_heads + 2 * num_kv_heads) * head_dim != width:
+        expected = f"{num_heads} + 2 * {num_kv_heads} heads of {head_dim}"
+        raise ArgumentError("features of queries, keys and values", expected, width)
+    check_output("cosine", cosine, torch.float32, (rows, head_dim // 2), device)
+    check_output("sine", sine, torch.float32, (rows, head_dim // 2), device)
+    check_tensor(
+        "key_cache", key_cache, dtype, (key_cache.shape[0], num_kv_heads, key_cache.shape[2], head_dim), device
+    )
     check_tensor("value_cache", value_cache, dtype, key_cache.shape, device)
     check_ndim("block_table", block_table, 2)
     check_tensor("block_table", block_table, torch.int32, block_table.shape, device)
@@ -133,13 +175,3 @@ def rope_and_store(
     check_output("query", query, FLOATS, (rows, num_heads, head_dim), device)
     check_output("own_key", own_key, dtype, (rows, num_kv_heads, head_dim), device)
     check_output("own_value", own_value, dtype, (rows, num_kv_heads, head_dim), device)
-    check_num_rows(num_rows, device)
-    if rows == 0:
-        return
-    _rope_kernel[(rows, num_heads + 2 * num_kv_heads)](
-        qkv, cosine, sine, q_norm, k_norm, block_table, row_sequence, row_position, row_stored.view(torch.uint8),
-        num_rows, query, own_key, own_value, key_cache, value_cache, eps, num_heads, num_kv_heads, qkv.stride(0),
-        block_table.stride(0), *key_cache.stride()[:3], *value_cache.stride()[:3],
-        HALF=head_dim // 2, BLOCK_SIZE=block_size, BLOCK=triton.next_power_of_2(head_dim // 2), num_warps=1,
-        enable_fp_fusion=True,
-    )  # fmt: skip

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,10 @@ from llm2_fast.prompts import Prompt, as_prompt_list, encode_prompt
 from llm2_fast.request import Request
 from llm2_fast.results import Generation, StreamEvent
 from llm2_fast.schedule import Schedule
-from llm2_fast.verifier import Verifier
+from llm2_fast.verifier import FullVerifier, Verifier
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _LOGGER = logging.getLogger(__name__)
 _BACKENDS = {backend.name: backend for backend in (CpuBackend, CudaBackend, ReferenceBackend)}
@@ -45,6 +48,8 @@ def load(
     max_length: int | None = None,
     kv_cache_memory_bytes: int | None = None,
     cache_packed: bool = False,
+    always_verify: bool = False,
+    process_group: ProcessGroup | None = None,
     allow_pickle: bool = False,
 ) -> Engine:
     """Load an LLM, and a verifier to steer it, into an engine.
@@ -70,6 +75,11 @@ def load(
         cache_packed: Keep the weights, as the cpu backend packs them, in files of the cache directory, and map those
             into memory from the next load on. Saves the packing and memory that processes can share; costs as much
             disk space as the weights. For models and `full` verifiers that are read from files.
+        always_verify: A `full` verifier scores the candidates of every step, not of ambiguous ones only. No token
+            changes; a step costs more, but never waits to know whether it is ambiguous. For the cuda backend.
+        process_group: Of `torch.distributed`: its processes, a GPU each, share the work and the caches of the LLM and
+            of a `full` verifier (tensor parallelism). All of them make the same calls in the same order and get the
+            same results. The bound on caches is per process. For the cuda backend.
         allow_pickle: Also read pickled weights, which can run code while they load.
 
     Raises:
@@ -93,6 +103,12 @@ def load(
     if cache_packed and (runs_elsewhere or isinstance(model, PreTrainedModel)):
         actual = f"the {backend} backend" if runs_elsewhere else "a model in memory"
         raise ArgumentError("cache_packed", "False, or the cpu backend and a model that is read from files", actual)
+    if not isinstance(always_verify, bool):
+        raise ArgumentError("always_verify", "True or False", repr(always_verify))
+    if always_verify and backend not in ("auto", CudaBackend.name):
+        raise ArgumentError("always_verify", f"False with backend {backend!r}", always_verify)
+    if process_group is not None and backend not in ("auto", CudaBackend.name):
+        raise ArgumentError("process_group", f"None with backend {backend!r}", type(process_group).__name__)
     if verifier is not None and not isinstance(verifier, (str, os.PathLike, Verifier)):
         raise ArgumentError("verifier", "a path, a hub id, a llm2_fast.Verifier or None", type(verifier).__name__)
     loaded = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, allow_pickle=allow_pickle)
@@ -101,8 +117,16 @@ def load(
             verifier, device=loaded.device, dtype=loaded.dtype, allow_pickle=allow_pickle
         )
     chosen = _choose_backend(loaded, verifier, quantization) if backend == "auto" else _BACKENDS[backend]
-    options = {"cache_packed": cache_packed, "quantization": int8} if chosen is CpuBackend else {}
-    options["kv_cache_memory_bytes"] = kv_cache_memory_bytes
+    if always_verify and not (chosen is CudaBackend and isinstance(verifier, FullVerifier)):
+        actual = f"the {chosen.name} backend and {'no verifier' if verifier is None else verifier.kind}"
+        raise ArgumentError("always_verify", "False, or the cuda backend and a full verifier", actual)
+    if process_group is not None and chosen is not CudaBackend:
+        raise ArgumentError("process_group", "None, or the cuda backend", f"the {chosen.name} backend")
+    options: dict[str, Any] = {"kv_cache_memory_bytes": kv_cache_memory_bytes}
+    if chosen is CpuBackend:
+        options |= {"cache_packed": cache_packed, "quantization": int8}
+    if chosen is CudaBackend:
+        options |= {"always_verify": always_verify, "process_group": process_group}
     running = chosen(loaded, verifier, **options)
     limits = {"max_batch_size": max_batch_size, "max_length": max_length}
     return Engine(running, loaded, verifier, **limits, backend_options=options)

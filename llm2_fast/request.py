@@ -79,6 +79,11 @@ class Sampling:
         """The sample has its last token."""
         return self.sample.finish_reason is not None
 
+    @property
+    def is_last_step(self) -> bool:
+        """The step under way ends the sample, if nothing ends it before."""
+        return len(self.sequence.token_ids) + 1 >= self.request.config.max_new_tokens
+
     def record(self, output: StepOutput) -> StreamEvent:
         """Take one step's outcome into the sequence, the sample and the statistics."""
         sample = self.sample

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 
 from llm2_fast.backends.backend import Backend
 from llm2_fast.errors import CacheFullError
@@ -21,6 +23,9 @@ class Schedule:
     Samples are ordered by request and sample index. Live ones always come before waiting ones: the first that waits is
     the next to be admitted, and the last that lives is the first to be preempted. A preempted sample keeps its tokens;
     when it is admitted again, its keys and values are computed from them, and it goes on as if nothing had happened.
+
+    A step may begin before the tokens of the one before it are recorded, so that a device does not wait for the host.
+    What it then computes for a sample that has ended meanwhile is dropped.
 
     So every sample ends: `Backend.check_fits` has found that each fits alone, the first live one is preempted for other
     calls only, and every turn adds a token to it.
@@ -39,6 +44,7 @@ class Schedule:
         self._backend, self._requests, self._places = backend, requests, max_batch_size
         self._live: list[Sampling] = []
         self._waiting = deque(sampling for request in requests for sampling in request.samples)
+        self._begun: tuple[list[Sampling], Callable[[], list[StepOutput]]] | None = None  # a step not recorded yet
 
     @property
     def finished(self) -> bool:
@@ -54,15 +60,17 @@ class Schedule:
         """Admit, step, record, free.
 
         Returns:
-            An event per live sample; none if memory ran out, in which case fewer samples are decoded from now on.
+            An event per sample that was stepped; none if memory ran out, in which case fewer samples are decoded from
+            now on.
 
         Raises:
             CacheFullError: Not even one sample has room beside what other calls hold. The turn can be taken again.
             MemoryError: Not even one sample can be computed.
         """
         try:
-            self._admit()
-            outputs = self._step()
+            if self._begun is None:
+                self._admit()
+            stepped, outputs = self._step()
         except CacheFullError:
             raise
         except MemoryError:
@@ -70,7 +78,8 @@ class Schedule:
                 raise
             self._retreat()
             return []
-        events = [sampling.record(output) for sampling, output in zip(self._live, outputs, strict=True)]
+        steps = zip(stepped, outputs, strict=True)
+        events = [sampling.record(output) for sampling, output in steps if sampling in self._live]
         for sampling in self._live:
             if sampling.finished:
                 self._close(sampling)
@@ -97,6 +106,7 @@ class Schedule:
 
     def release(self) -> None:
         """Preempt all samples and give back every slot."""
+        self._begun = None
         while self._live:
             self._preempt()
         for request in self._requests:
@@ -148,14 +158,33 @@ class Schedule:
         for request in requests:
             request.prefilled(seconds)
 
-    def _step(self) -> list[StepOutput]:
-        """One token for every live sample, after the last ones have made room for the others."""
+    def _step(self) -> tuple[list[Sampling], list[StepOutput]]:
+        """One token for every sample of a step, and the step after it has begun if it can."""
+        stepped, outputs = self._begun or self._begin()
+        self._begun = None
+        if self._may_run_ahead(stepped):
+            with suppress(CacheFullError):  # somebody has to end first
+                self._begun = stepped, self._backend.begin_step([sampling.sequence for sampling in stepped])
+        return stepped, outputs()
+
+    def _begin(self) -> tuple[list[Sampling], Callable[[], list[StepOutput]]]:
+        """A step for every live sample, after the last ones have made room for the others."""
         while True:
+            live = list(self._live)
             try:
-                return self._backend.step([sampling.sequence for sampling in self._live])
+                return live, self._backend.begin_step([sampling.sequence for sampling in live])
             except CacheFullError:
                 if not self.make_room(keep=1):
                     raise
+
+    def _may_run_ahead(self, stepped: list[Sampling]) -> bool:
+        """The same samples go on after this step, as far as one can know, and nobody waits for a place that is free."""
+        return (
+            stepped == self._live
+            and not (self._waiting and len(self._live) < self._places)
+            and not any(sampling.is_last_step for sampling in stepped)
+            and self._backend.can_run_ahead([sampling.sequence for sampling in stepped])
+        )
 
     def _preempt(self) -> None:
         """Put the last live sample at the front of the queue."""

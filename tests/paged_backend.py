@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NoReturn
 
 from llm2_fast.backends.backend import Backend
@@ -35,6 +36,7 @@ class PagedBackend(Backend):
     Attributes:
         fail: Called before every step and prefill; what it raises leaves the cache half written.
         prefilled: Tokens computed other than by steps.
+        num_steps: Calls of `step`.
     """
 
     name = "paged"
@@ -44,7 +46,7 @@ class PagedBackend(Backend):
     def __init__(self, block_size: int, capacity: int) -> None:
         self.tables = BlockTables(block_size, capacity)
         self.fail = lambda: None
-        self.prefilled = 0
+        self.prefilled = self.num_steps = 0
         self._storage: dict[tuple[int, int], int] = {}  # (block, offset) -> token
         self._lengths: dict[int, int] = {}
 
@@ -89,6 +91,7 @@ class PagedBackend(Backend):
             sequence.slot = None
 
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
+        self.num_steps += 1
         assert sequences
         assert all(sequence.slot is not None for sequence in sequences)
         for sequence in sequences:
@@ -118,3 +121,46 @@ class PagedBackend(Backend):
     def _place(self, sequence: Sequence, position: int) -> tuple[int, int]:
         block, offset = divmod(position, self.tables.block_size)
         return self.tables.table(sequence.slot)[block], offset
+
+
+class AheadBackend(PagedBackend):
+    """Begins steps of sequences that lack the last token, as a device does that the host runs behind.
+
+    Attributes:
+        num_ahead: Steps that began so.
+    """
+
+    def __init__(self, block_size: int, capacity: int) -> None:
+        super().__init__(block_size, capacity)
+        self.num_ahead = 0
+        self._last: list[Sequence] | None = None  # whose step was the last, if nothing has happened since
+        self._picked: list[list[int]] = []
+
+    def reserve(self, sequence: Sequence) -> None:
+        self._last = None
+        super().reserve(sequence)
+
+    def free(self, sequence: Sequence) -> None:
+        if sequence.slot is not None:
+            self._last = None
+        super().free(sequence)
+
+    def can_run_ahead(self, sequences: list[Sequence]) -> bool:
+        return self._last == sequences
+
+    def begin_step(self, sequences: list[Sequence]) -> Callable[[], list[StepOutput]]:
+        missing = [[] for _ in sequences]
+        if self._last == sequences:
+            missing = [picked[len(s.token_ids) :] for s, picked in zip(sequences, self._picked, strict=True)]
+        assert all(len(tokens) <= 1 for tokens in missing), "more than one step ahead"
+        self.num_ahead += any(missing)
+        for sequence, tokens in zip(sequences, missing, strict=True):
+            sequence.token_ids.extend(tokens)
+        try:
+            outputs = self.step(sequences)
+            self._last = list(sequences)
+            self._picked = [[*s.token_ids, o.token_id] for s, o in zip(sequences, outputs, strict=True)]
+        finally:
+            for sequence, tokens in zip(sequences, missing, strict=True):
+                del sequence.token_ids[len(sequence.token_ids) - len(tokens) :]
+        return lambda: outputs

@@ -215,7 +215,10 @@ def test_every_option_reaches_the_configuration(saved: Checkpoints, monkeypatch:
 
 def test_load_options_are_those_of_load() -> None:
     parameters = inspect.signature(llm2_fast.load).parameters.values()
-    assert set(_LOAD_OPTIONS) == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"tokenizer"}
+    assert set(_LOAD_OPTIONS) == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {
+        "tokenizer",
+        "process_group",
+    }
 
 
 @pytest.mark.parametrize("name", GenerationConfig.option_names())

@@ -348,7 +348,7 @@ def test_all_slots_come_back():
     for decoder in (engine._backend._llm, plan._verifier):
         assert decoder.lengths == {}
         assert decoder._tables.num_slots <= 2 + len(PROMPTS) + 1
-    assert plan._slots == {}
+    assert plan._twins._slots == {}
 
 
 # --- int8 weights --------------------------------------------------------------------------------------------------

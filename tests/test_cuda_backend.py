@@ -1,6 +1,12 @@
-"""The cuda backend in Triton's interpreter against the reference: small models, few tokens, one path each."""
+"""The cuda backend against the reference: small models, few tokens, one path each.
+
+In Triton's interpreter, or with TRITON_INTERPRET=0 on a GPU; the reference runs on the CPU.
+"""
 
 from __future__ import annotations
+
+import copy
+import math
 
 import pytest
 import torch
@@ -9,17 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import llm2_fast
 import tiny
 from llm2_fast import ArgumentError, GenerationConfig
-from llm2_fast.backends.cuda import CudaBackend
-from llm2_fast.models.loading import LoadedModel
+from llm2_fast.backends import cache_budget, cached_decoder, cuda_decoder
+from llm2_fast.backends.report import Report
+from llm2_fast.models.fingerprint import fingerprint
+from llm2_fast.models.spec import DecoderSpec
 from llm2_fast.sequence import Sequence
-from llm2_fast.verifier import LoraVerifier
+from llm2_fast.verifier import FullVerifier, LoraVerifier
 from margins import clear_candidates
 from tolerances import TOLERANCES
-from triton_device import INTERPRETED
+from triton_device import DEVICE, INTERPRETED
 from verifiers import full_case, head_verifier, lora_case
 
 pytestmark = [
-    pytest.mark.skipif(not INTERPRETED, reason="the models of these tests are on the CPU"),
+    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs Triton's interpreter or a GPU"),
     pytest.mark.filterwarnings("ignore:llm2_fast. this lora verifier:UserWarning"),
 ]
 
@@ -28,10 +36,10 @@ PROMPTS = [[5, 6, 7, 8, 9, 10], [3]]
 MEMORY = 1 << 20
 
 
-def make(family: str, kind: str | None):
+def make(family: str, kind: str | None, **shape):
     """A model of two layers and a verifier of a kind; of Gemma-3 a layer of each type."""
     types = {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3" else {}
-    model = tiny.causal_lm(family, **SHAPE, **types)
+    model = tiny.causal_lm(family, **SHAPE | shape, **types)
     if kind == "head":
         return model, head_verifier(model)
     if kind == "lora":
@@ -42,14 +50,15 @@ def make(family: str, kind: str | None):
     return model, None
 
 
-def load(model, verifier, kind=None, backend="cuda", max_batch_size=2):
-    memory = MEMORY if backend == "cuda" else None
-    engine = llm2_fast.load(
-        model, verifier, backend=backend, max_batch_size=max_batch_size, kv_cache_memory_bytes=memory
-    )
-    if kind == "always":
-        engine._backend = CudaBackend(LoadedModel(model, None, "tiny"), verifier, MEMORY, always_verify=True)
-    return engine
+def load(model, verifier, kind=None, backend="cuda", max_batch_size=2, memory=MEMORY):
+    if backend == "reference":
+        return llm2_fast.load(model, verifier, backend=backend, max_batch_size=max_batch_size)
+    if not INTERPRETED:
+        model, verifier = copy.deepcopy(model).to(DEVICE), copy.deepcopy(verifier)
+        if isinstance(verifier, FullVerifier):
+            verifier = FullVerifier(verifier.network.to(DEVICE), verifier.head.weight.data)
+    options = {"max_batch_size": max_batch_size, "kv_cache_memory_bytes": memory, "always_verify": kind == "always"}
+    return llm2_fast.load(model, verifier, backend=backend, **options)
 
 
 def config(**options):
@@ -132,6 +141,75 @@ def test_bits_depend_neither_on_the_batch_nor_on_recomputation():
     assert (output.token_id, output.logprob) == (together[0][0][2], together[0][1][2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bits(dtype):
+    """Against transformers in float32, on the same weights, along the same tokens: hidden states and candidates."""
+    model, verifier = make("llama", "head")
+    model, verifier.base_fingerprint = model.to(dtype), fingerprint(model)
+    engine = load(model, verifier)
+    assert engine._backend._llm.key_cache.dtype == dtype
+    (result,) = engine.generate(PROMPTS[0], config())
+    tokens = PROMPTS[0] + result.samples[0].token_ids
+    with torch.no_grad():
+        expected = model.float()(torch.tensor([tokens]), output_hidden_states=True)
+    tolerance = TOLERANCES["decoder.hidden_states", dtype]
+    hidden_states = engine._backend._llm.last_hidden_state(tokens).float().cpu()
+    torch.testing.assert_close(hidden_states, expected.hidden_states[-1][0, -1], **tolerance)
+    for step, logits in zip(result.samples[0].trace, expected.logits[0, len(PROMPTS[0]) - 1 :], strict=False):
+        logprobs = logits.log_softmax(dim=-1)[list(step.candidate_ids)].tolist()
+        torch.testing.assert_close(list(step.logprobs), logprobs, rtol=0.0, atol=8 * tolerance["atol"])
+        # What it kept is plausible, give or take what rounding may have moved.
+        assert min(logprobs) - max(logprobs) >= math.log(0.11) - 8 * tolerance["atol"]
+
+
+@pytest.mark.parametrize("kind", ["head", "full"])
+def test_preempted_samples_go_on_as_if_nothing_had_happened(kind, monkeypatch):
+    for module in (cached_decoder, cache_budget, cuda_decoder):
+        monkeypatch.setattr(module, "BLOCK_SIZE", 4)
+    model, verifier = make("llama", kind, num_hidden_layers=1)
+    prompts, options = [[5, 6, 7], [3, 9]], config(max_candidates=2)
+    plenty = load(model, verifier).generate(prompts, options)
+    cached = [model] if kind == "head" else [model, verifier.network]
+    memory = 3 * sum(cached_decoder.block_bytes(DecoderSpec.from_model(decoder)) for decoder in cached)
+    little = load(model, verifier, memory=memory).generate(prompts, options)
+    assert everything(little) == everything(plenty)
+    assert sum(r.stats.preemptions for r in little) > 0 == sum(r.stats.preemptions for r in plenty)
+
+
+@pytest.mark.parametrize("kind", [None, "full"])
+def test_steps_begin_before_the_last_tokens_are_known(kind, monkeypatch):
+    """And what they compute for a sample that has ended meanwhile is dropped."""
+    model, verifier = make("llama", kind, num_hidden_layers=1)
+    engine = load(model, verifier)
+    begin, plan, ahead = engine._backend.begin_step, engine._backend._plan, []
+
+    def begin_step(sequences):
+        ahead.append(plan.num_unknown)
+        return begin(sequences)
+
+    monkeypatch.setattr(engine._backend, "begin_step", begin_step)
+    options = config(max_candidates=2)
+    full_length = everything(engine.generate(PROMPTS, options))
+    assert ahead == [0, 1, 1]
+    first, second = (tokens for tokens, _, _ in full_length)
+    assert first[1] not in [first[0], *second]
+    monkeypatch.setattr(engine, "_eos_token_ids", (first[1],))
+    ended, other = everything(engine.generate(PROMPTS, options.merge(ignore_eos=False)))
+    assert ended == tuple(values[:2] for values in full_length[0])
+    assert other == full_length[1]
+
+
+def test_reports_outlive_two_more_transfers():
+    report = Report({"token": (torch.int32, (2,)), "cut": (torch.bool, (1,))}, torch.device("cpu"))
+    receipts = []
+    for step in range(4):
+        report.device["token"].fill_(step)
+        report.device["cut"].fill_(step % 2)
+        receipts.append(report.send())
+    assert [receipt.wait()["token"].tolist() for receipt in receipts[1:]] == [[1, 1], [2, 2], [3, 3]]
+    assert [receipt.wait()["cut"].item() for receipt in receipts[1:]] == [True, False, True]
+
+
 class OnlyInPlace(TorchDispatchMode):
     """Refuses ops that allocate or wait for the device."""
 
@@ -144,7 +222,8 @@ class OnlyInPlace(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", [None, "head", "lora", "always"])
+@pytest.mark.skipif(not INTERPRETED, reason="runs launches outside of the dispatch mode, which the interpreter needs")
+@pytest.mark.parametrize("kind", [None, "head", "lora", "always", "full"])
 def test_a_step_neither_allocates_nor_waits(kind, monkeypatch):
     from triton.runtime.interpreter import GridExecutor
 
@@ -155,7 +234,7 @@ def test_a_step_neither_allocates_nor_waits(kind, monkeypatch):
     backend.prefill(sequences)
     for sequence in sequences:
         backend._make_room(sequence)
-    backend._plan.step(sequences)
+    backend._plan.begin(sequences)()
     step, _ = backend._plan._bound
     launch = GridExecutor.__call__
 
@@ -168,6 +247,26 @@ def test_a_step_neither_allocates_nor_waits(kind, monkeypatch):
     with OnlyInPlace():
         step.decide()
         step.advance()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [None, "head", "lora", "always"])
+def test_the_host_does_not_wait_for_the_gpu(kind):
+    """Between two steps of the same batch, as torch finds out."""
+    model, verifier = make("llama", kind)
+    backend = load(model, verifier, kind)._backend
+    sequence = Sequence(0, 0, config(repetition_penalty=1.2, temperature=0.7, max_candidates=2), [5, 6])
+    backend.prefill([sequence])
+    for _ in range(3):  # compile, capture, replay
+        (output,) = backend.step([sequence])
+        sequence.token_ids.append(output.token_id)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first, second = (backend.begin_step([sequence]) for _ in range(2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert first()[0].token_id is not None
+    assert second()[0].token_id is not None
 
 
 def test_logits_and_forks():
@@ -191,3 +290,10 @@ def test_refusals():
         llm2_fast.load(model, backend="cuda", quantization="int8")
     with pytest.raises(ArgumentError, match="cache_packed: expected False"):
         llm2_fast.load("no such model", backend="cuda", cache_packed=True)
+    with pytest.raises(ArgumentError, match="always_verify: expected False with backend 'cpu', got True"):
+        llm2_fast.load("no such model", backend="cpu", always_verify=True)
+    with pytest.raises(ArgumentError, match="always_verify: expected True or False, got 1"):
+        llm2_fast.load("no such model", always_verify=1)
+    model = tiny.causal_lm("llama", **SHAPE)
+    with pytest.raises(ArgumentError, match="always_verify: .* the cuda backend and a full verifier, got .* head"):
+        llm2_fast.load(model, head_verifier(model), backend="cuda", always_verify=True)

@@ -121,6 +121,20 @@ def test_extreme_scores() -> None:
     assert output[:, 0, 0].isnan().tolist() == [True, True, False, True, False]
 
 
+def test_workspace_serves_again() -> None:
+    """A call leaves counters of zero, whatever part of the workspace it used, and reads nothing of the call before."""
+    workspace = kernel.Workspace.empty(3, 2, 16, DEVICE)
+    for lengths in ([200, 200, 70], [20, 0, 130]):
+        inputs = inputs_of(lengths, [True, False, True])
+        arguments = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in inputs.values()]
+        first_row = torch.empty(4, dtype=torch.int32, device=DEVICE)
+        plan_row_tiles(arguments[4], kernel.tile_rows(2, 1, 16, torch.float32), first_row)
+        output = torch.empty_like(arguments[0])
+        kernel.branch_attention(*arguments, output, first_row, workspace)
+        assert torch.equal(output.cpu(), run(ops._branch_attention_cuda, inputs.values()))
+        assert not workspace.counters.any()
+
+
 def test_rows_beyond_the_count_are_not_touched() -> None:
     inputs = inputs_of([20, 20, 30], [True] * 3)
     expected = run(ops._branch_attention_cuda, inputs.values())
@@ -128,7 +142,7 @@ def test_rows_beyond_the_count_are_not_touched() -> None:
     num_rows, first_row = int32(2).to(DEVICE), torch.empty(3, dtype=torch.int32, device=DEVICE)
     plan_row_tiles(arguments[4], kernel.tile_rows(2, 1, 16, torch.float32), first_row, num_rows)
     output = torch.full_like(arguments[0], 7)
-    kernel.branch_attention(*arguments, output, first_row, kernel.Workspace.empty(3, 2, 16, DEVICE), num_rows)
+    kernel.branch_attention(*arguments, output, first_row, kernel.Workspace.empty(3, 2, 16, DEVICE))
     assert torch.equal(output[:2].cpu(), expected[:2])
     assert (output[2] == 7).all()
 

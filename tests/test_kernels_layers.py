@@ -72,6 +72,23 @@ def test_branch_rows_that_do_not_fit_and_counts_out_of_range() -> None:
             assert (one[fitting:] == -7).all()
 
 
+def test_branch_rows_of_slots() -> None:
+    """Lengths and rows are by slot, in any order, and the last slots of many are in use."""
+    ids, count, lengths = branch_inputs(5, 4)
+    slots, by_slot = int32(7, 1023, 0, 5, 3), torch.full((1024,), -7, dtype=torch.int32)
+    by_slot[slots.long()] = lengths
+    first_row, token, sequence, position, total = reference.branch_rows(ids, count, lengths)
+    rows = [torch.full((20,), -7, dtype=torch.int32, device=DEVICE) for _ in range(3)]
+    first, num_rows = (torch.zeros(n, dtype=torch.int32, device=DEVICE) for n in (6, 1))
+    branch_rows(*moved((ids, count, by_slot)), first, *rows, num_rows, slots.to(DEVICE))
+    end = total.item()
+    assert torch.equal(first.cpu(), first_row)
+    assert num_rows.item() == end
+    for actual, expected in zip(rows, (token, slots[sequence.long()], position), strict=True):
+        assert torch.equal(actual[:end].cpu(), expected[:end])
+        assert (actual[end:] == -7).all()
+
+
 # --- embed ------------------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +389,7 @@ SCORE = {
         ("score_head", SCORE, "dense_bias", lambda _: None, "dense_bias and units: expected tensors"),
         ("score_head", SCORE, "score_weight", lambda x: x[:1], r"score_weight: expected shape \[2\], got shape \[1\]"),
         ("score_head", SCORE, "dense_weight", lambda x: x.half(), "dense_weight: expected float32 on .*, got float16"),
-        ("rope_and_store", rope_inputs(), "qkv", lambda x: x[:, 1:], r"qkv: expected shape \[5, 112\], got"),
+        ("rope_and_store", rope_inputs(), "qkv", lambda x: x[:, 1:], "features of queries, keys and values: expected"),
         ("rope_and_store", rope_inputs(), "cosine", lambda x: x.half(), "cosine: expected float32 on .*, got float16"),
         ("rope_and_store", rope_inputs(), "value_cache", lambda x: x[1:], "value_cache: expected shape"),
         ("rope_and_store", rope_inputs(), "row_stored", lambda x: x.int(), "row_stored: expected bool on .*, got"),

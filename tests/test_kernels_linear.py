@@ -17,7 +17,7 @@ from test_ops import assert_same_fields, generator, int32
 from tolerances import TOLERANCES
 from triton_device import DEVICE, run, to_cpu
 
-INF = float("inf")
+INF, NAN = float("inf"), float("nan")
 
 
 def inputs_of(
@@ -80,6 +80,111 @@ def test_epilogues(in_features: int, options: dict[str, Any]) -> None:
     check(inputs_of(5, 34, in_features, torch.bfloat16, output_dtype=torch.float32, **options))
 
 
+def normed_pair(inputs: dict[str, Any], num_rows: int | None = None) -> tuple[torch.Tensor, ...]:
+    """Two products with a norm between them: what the first leaves, and the second."""
+    inputs = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    rows, (size, _), dtype = len(inputs["x"]), inputs["first"].shape, inputs["first"].dtype
+    second, activation = inputs["second"], inputs["activation"]
+    count = None if num_rows is None else int32(num_rows).to(DEVICE)
+    stream = torch.full((rows, size), 7.0, device=DEVICE)
+    weighted = kernel.WeightedRows.empty(rows, size, dtype, DEVICE)
+    for tensor in weighted:
+        tensor.fill_(7)
+    output = torch.full((rows, len(second) // (2 if activation else 1)), 7.0, device=DEVICE)
+    partials = [kernel.empty_partial(rows, inputs[name]) for name in ("first", "second")]
+    kernel.linear(
+        inputs["x"], inputs["first"], None, None, None, None, inputs["residual"], None, stream, partials[0], count,
+        norm_weight=inputs["norm_weight"], weighted=weighted,
+    )  # fmt: skip
+    kernel.linear(
+        weighted.values, second, inputs["bias"], None, None, None, None, activation, output, partials[1], count,
+        squares=weighted.squares, eps=1e-5,
+    )  # fmt: skip
+    return to_cpu((stream, *weighted, output))
+
+
+def pair_inputs(
+    rows: int, in_features: int, size: int, weight_rows: int, dtype: torch.dtype, activation: str | None = None
+) -> dict[str, Any]:
+    """A residual stream of rows of different magnitude."""
+    first = inputs_of(rows, size, in_features, dtype, residual=True)
+    second = inputs_of(rows, weight_rows, size, dtype, bias=True)
+    return {
+        "x": first["x"],
+        "first": first["weight"],
+        "residual": first["residual"] * torch.logspace(-2, 2, rows).unsqueeze(1),
+        "norm_weight": 1 + torch.randn(size, generator=generator(size)) / 4,
+        "second": second["weight"],
+        "bias": second["bias"],
+        "activation": activation,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "in_features", "size", "weight_rows", "activation"),
+    [
+        (0, 3, 5, 3, None),
+        (1, 1, 1, 1, None),
+        (5, 70, 33, 20, "silu_mul"),
+        (17, 30, 300, 33, None),
+        (3, 300, 270, 9, None),
+    ],
+)
+def test_norm_between_two_products(
+    dtype: torch.dtype, rows: int, in_features: int, size: int, weight_rows: int, activation: str | None
+) -> None:
+    inputs = pair_inputs(rows, in_features, size, weight_rows, dtype, activation)
+    stream, values, squares, output = normed_pair(inputs)
+    expected = reference.linear(inputs["x"], inputs["first"], residual=inputs["residual"], dtype=torch.float32)
+    rounding = TOLERANCES["kernels.rounding", torch.float32]
+    torch.testing.assert_close(stream, expected, **rounding)
+    torch.testing.assert_close(squares.sum(dim=1), expected.square().sum(dim=1), **rounding)
+    weighted = (expected * inputs["norm_weight"]).to(dtype)
+    torch.testing.assert_close(values, weighted, **TOLERANCES["kernels.rounding", dtype])
+    normed = reference.rms_norm(expected, inputs["norm_weight"], 1e-5, dtype)
+    expected = reference.linear(normed, inputs["second"], inputs["bias"], activation=activation, dtype=torch.float32)
+    torch.testing.assert_close(output, expected, **TOLERANCES["kernels.normed_linear", dtype])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 100), (torch.bfloat16, 40), (torch.bfloat16, 300)], ids=str
+)
+def test_bits_after_a_norm_do_not_depend_on_the_rows(dtype: torch.dtype, size: int) -> None:
+    """With products that are exact, whatever the order in which numpy adds them up."""
+    inputs = pair_inputs(70, 20, size, 40, dtype)
+    for name in ("x", "first"):
+        inputs[name] = (4 * inputs[name].float()).round().to(dtype)
+    inputs["second"] = torch.eye(size)[:40].to(dtype)
+    together = normed_pair(inputs)
+    for rows in (slice(2, 3), slice(60, 70), slice(20, 50)):
+        part = normed_pair(inputs | {name: inputs[name][rows] for name in ("x", "residual")})
+        for one, other in zip(part, together, strict=True):
+            assert torch.equal(one, other[rows])
+
+
+def test_norm_of_zero_and_nan_rows_and_rows_beyond_the_count() -> None:
+    inputs = pair_inputs(5, 20, 100, 40, torch.float32)
+    for name in ("x", "residual"):
+        inputs[name][0], inputs[name][1, 3] = 0.0, NAN
+    stream, values, squares, output = normed_pair(inputs, num_rows=3)
+    assert torch.equal(output[0], inputs["bias"])
+    assert output[1].isnan().all()
+    assert output[2].isfinite().all()
+    for tensor in (stream, values, squares, output):
+        assert (tensor[3:] == 7).all()
+
+
+def test_long_rows_have_longer_sums_of_squares() -> None:
+    inputs = pair_inputs(2, 3, 5000, 5, torch.bfloat16)
+    stream, _, squares, output = normed_pair(inputs)
+    assert squares.shape == (2, 157)  # of 32 features each
+    torch.testing.assert_close(squares[:, 156], stream[:, 4992:].square().sum(dim=1))
+    normed = reference.rms_norm(stream, inputs["norm_weight"], 1e-5, torch.bfloat16)
+    expected = reference.linear(normed, inputs["second"], inputs["bias"], dtype=torch.float32)
+    torch.testing.assert_close(output, expected, **TOLERANCES["kernels.normed_linear", torch.bfloat16])
+
+
 def test_rows_that_are_not_adapted_ignore_the_update() -> None:
     inputs = inputs_of(4, 20, 30, rank=4)
     inputs["lora_b"][3, 0] = INF
@@ -118,12 +223,13 @@ def test_residual_in_place_and_row_count(in_features: int) -> None:
     kernel.linear(*arguments, output, partial, int32(7).to(DEVICE))
     assert torch.equal(output[:7].cpu(), expected[:7])
     assert torch.equal(output[7:].cpu(), before[7:])
+    assert partial is None or not partial.counters.any()
 
 
 def test_nan_stays_in_its_row_and_feature() -> None:
     inputs = inputs_of(3, 20, 40)
     clean = check(inputs)
-    inputs["x"][1, 3] = float("nan")
+    inputs["x"][1, 3] = NAN
     inputs["weight"][7, 2] = INF
     dirty = run(kernel_ops._linear_cuda, inputs.values())
     assert dirty[1].isnan().all()
@@ -150,6 +256,20 @@ def test_refuses(name: str, change: Callable, message: str) -> None:
     inputs = inputs_of(4, 8, 6, rank=2)
     with pytest.raises(ValueError, match=message):
         run(kernel_ops._linear_cuda, (inputs | {name: change(inputs[name])}).values())
+
+
+def test_refuses_what_does_not_belong_to_a_norm() -> None:
+    arguments = (torch.zeros(2, 8), torch.zeros(6, 8), None, None, None, None, None)
+    rest = (torch.zeros(2, 6), None)
+    weighted = kernel.WeightedRows.empty(2, 6, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="norm_weight and weighted: expected both or none"):
+        kernel.linear(*arguments, None, *rest, norm_weight=torch.zeros(6))
+    with pytest.raises(ValueError, match="none with an activation"):
+        kernel.linear(*arguments, "silu_mul", *rest, norm_weight=torch.zeros(6), weighted=weighted)
+    with pytest.raises(ValueError, match=r"norm_weight: expected shape \[6\], got shape \[5\]"):
+        kernel.linear(*arguments, None, *rest, norm_weight=torch.zeros(5), weighted=weighted)
+    with pytest.raises(ValueError, match=r"squares: expected shape \[2, 1\], got shape \[2, 2\]"):
+        kernel.linear(*arguments, None, *rest, squares=torch.zeros(2, 2))
 
 
 def test_refuses_odd_gates_and_a_missing_workspace() -> None:

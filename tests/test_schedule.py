@@ -15,7 +15,7 @@ import tiny
 from llm2_fast import ArgumentError, Engine, GenerationConfig
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.schedule import Schedule
-from paged_backend import VOCAB, PagedBackend, continuation
+from paged_backend import VOCAB, AheadBackend, PagedBackend, continuation
 
 PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)
 
@@ -25,8 +25,14 @@ def model():
     return LoadedModel(tiny.causal_lm("llama"), None, "tiny")
 
 
-def make_engine(block_size, capacity, max_batch_size=3):
-    return Engine(PagedBackend(block_size, capacity), model(), None, max_batch_size=max_batch_size, max_length=None)
+def engine_of(backend, block_size, capacity, max_batch_size=3):
+    return Engine(backend(block_size, capacity), model(), None, max_batch_size=max_batch_size, max_length=None)
+
+
+@pytest.fixture(params=[PagedBackend, AheadBackend], scope="module", ids=["in step", "ahead"])
+def make_engine(request):
+    """Tests run twice: with steps that begin when the tokens before them are known, and one step ahead."""
+    return functools.partial(engine_of, request.param)
 
 
 def config(**options):
@@ -53,7 +59,7 @@ def all_free(engine):
     spare=st.integers(0, 12),
     max_batch_size=st.integers(1, 6),
 )
-def test_tokens_do_not_depend_on_the_cache(prompts, n, max_new_tokens, block_size, spare, max_batch_size):
+def test_tokens_do_not_depend_on_the_cache(make_engine, prompts, n, max_new_tokens, block_size, spare, max_batch_size):
     longest = max(map(len, prompts)) + max_new_tokens
     capacity = -(-longest // block_size) + 1 + spare
     engine = make_engine(block_size, capacity, max_batch_size)
@@ -73,7 +79,7 @@ def test_tokens_do_not_depend_on_the_cache(prompts, n, max_new_tokens, block_siz
     capacity=st.integers(14, 30),
     failing=st.sets(st.integers(0, 40), max_size=2),
 )
-def test_running_out_of_memory_loses_nothing(prompts, n, capacity, failing):
+def test_running_out_of_memory_loses_nothing(make_engine, prompts, n, capacity, failing):
     engine = make_engine(2, capacity, max_batch_size=8)
     calls = iter(range(10**6))
 
@@ -91,7 +97,7 @@ def test_running_out_of_memory_loses_nothing(prompts, n, capacity, failing):
     assert all_free(engine)
 
 
-def test_memory_that_stays_out_is_an_error_and_leaks_nothing():
+def test_memory_that_stays_out_is_an_error_and_leaks_nothing(make_engine):
     engine = make_engine(2, 30, max_batch_size=8)
 
     def fail():
@@ -103,7 +109,7 @@ def test_memory_that_stays_out_is_an_error_and_leaks_nothing():
     assert all_free(engine)
 
 
-def test_samples_are_admitted_in_order_and_the_last_is_preempted():
+def test_samples_are_admitted_in_order_and_the_last_is_preempted(make_engine):
     engine = make_engine(1, 13)  # twelve tokens and one block to spare
     order = watch(engine, [[1] * 4, [2] * 4, [3] * 3], max_new_tokens=8)
     assert order == [
@@ -144,7 +150,7 @@ def watch(engine, prompts, **options):
     return log
 
 
-def test_samples_of_a_prompt_share_it_again_after_preemption():
+def test_samples_of_a_prompt_share_it_again_after_preemption(make_engine):
     engine = make_engine(4, 16, max_batch_size=4)
     prompt = list(range(30))
     (result,) = engine.generate([prompt], config(n=4, max_new_tokens=20))
@@ -154,14 +160,14 @@ def test_samples_of_a_prompt_share_it_again_after_preemption():
     assert engine._backend.prefilled <= len(prompt) + result.stats.preemptions * 20
 
 
-def test_a_finished_prompt_is_given_back():
+def test_a_finished_prompt_is_given_back(make_engine):
     engine = make_engine(4, 1000, max_batch_size=2)
     prompts = [[index] for index in range(20)]
     assert_right(engine.generate(prompts, config(n=2, max_new_tokens=3)), prompts, 2, 3)
     assert engine._backend.tables.num_slots == 3  # two samples and what they share
 
 
-def test_what_can_never_fit_is_refused_before_any_work():
+def test_what_can_never_fit_is_refused_before_any_work(make_engine):
     engine = make_engine(4, 5)
     with pytest.raises(ArgumentError, match=r"enough for prompts\[1\] with max_new_tokens, got 5"):
         engine.generate([[1], [2] * 10], config(max_new_tokens=7))
@@ -172,9 +178,11 @@ def test_what_can_never_fit_is_refused_before_any_work():
 class CallMachine(RuleBasedStateMachine):
     """Streams come, are read, pause and go while other calls run, in a cache that holds few of their samples."""
 
+    backend = PagedBackend
+
     @initialize(block_size=st.integers(1, 4), spare=st.integers(0, 8))
     def start(self, block_size, spare):
-        self.engine = make_engine(block_size, -(-20 // block_size) + 1 + spare, max_batch_size=2)
+        self.engine = engine_of(self.backend, block_size, -(-20 // block_size) + 1 + spare, max_batch_size=2)
         self.streams = []
 
     @rule(prompt=PROMPTS, n=st.integers(1, 3), max_new_tokens=st.integers(1, 8))
@@ -222,7 +230,15 @@ TestCalls = CallMachine.TestCase
 TestCalls.settings = settings(max_examples=20, stateful_step_count=30)
 
 
-def test_threads_wait_for_one_another():
+class CallMachineAhead(CallMachine):
+    backend = AheadBackend
+
+
+TestCallsAhead = CallMachineAhead.TestCase
+TestCallsAhead.settings = TestCalls.settings
+
+
+def test_threads_wait_for_one_another(make_engine):
     engine = make_engine(2, 14, max_batch_size=3)  # a sample of 20 tokens leaves room for few others
     prompts = [[index] * (1 + index % 8) for index in range(12)]
 
@@ -247,7 +263,7 @@ def start(engine, prompts, max_batch_size, **options):
     return engine._decode(Schedule(engine._backend, requests, max_batch_size)), requests
 
 
-def test_a_later_call_makes_room_for_an_earlier_one():
+def test_a_later_call_makes_room_for_an_earlier_one(make_engine):
     engine = make_engine(1, 13)
     (earlier, first), (later, second) = (start(engine, [[token] * 4], 1, max_new_tokens=8) for token in (1, 2))
     next(earlier)
@@ -259,7 +275,7 @@ def test_a_later_call_makes_room_for_an_earlier_one():
     assert (first[0].stats.preemptions, second[0].stats.preemptions) == (0, 1)
 
 
-def test_a_later_call_waits_until_an_earlier_one_has_room_to_spare():
+def test_a_later_call_waits_until_an_earlier_one_has_room_to_spare(make_engine):
     engine = make_engine(1, 13)
     prompts = [[1] * 8, [2]]
     earlier, requests = start(engine, prompts, 1, max_new_tokens=4)
@@ -276,7 +292,7 @@ def test_a_later_call_waits_until_an_earlier_one_has_room_to_spare():
     assert requests[0].stats.preemptions == 0
 
 
-def test_a_loop_of_ones_own_has_the_whole_cache():
+def test_a_loop_of_ones_own_has_the_whole_cache(make_engine):
     engine = make_engine(2, 40)
     stream = engine.stream([1, 2, 3], config(n=2, max_new_tokens=9))
     received = [[], []]
@@ -289,9 +305,36 @@ def test_a_loop_of_ones_own_has_the_whole_cache():
     assert received == [continuation([1, 2, 3], 0, index, 9) for index in range(2)]
 
 
-def test_a_full_cache_that_no_call_can_empty_is_an_error():
+def test_a_full_cache_that_no_call_can_empty_is_an_error(make_engine):
     engine = make_engine(1, 9)
     engine._backend.tables.reserve(engine._backend.tables.allocate(), 5)  # somebody else's
     with pytest.raises(MemoryError, match="cache blocks are needed"):
         engine.generate([[1] * 4], config(max_new_tokens=4))
     assert engine._schedules == []
+
+
+def test_steps_run_ahead_until_somebody_ends(make_engine):
+    engine = make_engine(2, 40, max_batch_size=2)
+    prompts = [[1, 2, 3], [4]]
+    results = engine.generate(prompts, config(max_new_tokens=6))
+    assert_right(results, prompts, 1, 6)
+    if isinstance(engine._backend, AheadBackend):
+        # All but the first, and none too many: it is known when samples reach their length.
+        assert (engine._backend.num_steps, engine._backend.num_ahead) == (6, 5)
+
+
+def test_tokens_behind_the_end_are_dropped(make_engine):
+    """An end-of-sequence token, or an interrupted stream, comes when the next step has begun."""
+    engine = make_engine(2, 40, max_batch_size=2)
+    prompts = [[1, 2, 3], [4]]
+    expected = [continuation(prompt, index, 0, 8) for index, prompt in enumerate(prompts)]
+    eos = expected[0][3]
+    assert eos not in expected[0][:3] + expected[1]
+    engine._eos_token_ids = (eos,)
+    results = engine.generate(prompts, max_new_tokens=8)
+    assert [result.samples[0].token_ids for result in results] == [expected[0][:4], expected[1]]
+    assert [result.stats.steps for result in results] == [4, 8]
+    stream = engine.stream(prompts[1], config(max_new_tokens=8))
+    next(stream)
+    stream.close()
+    assert all_free(engine)

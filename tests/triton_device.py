@@ -14,9 +14,31 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+
+def _patch_once_per_launch() -> None:
+    """Make the interpreter quicker: it redefines all of `triton.language` at every call of a device function.
+
+    Once per launch and set of modules that a function sees is enough.
+    """
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_lang(fn: Callable[..., Any]) -> Any:
+        modules = frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+        if modules in patched:
+            return None
+        patched.add(modules)
+        return patch(fn)
+
+    def call(self: interpreter.GridExecutor, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, call
 
 
 def run(op: Callable[..., Any], arguments: Iterable[Any]) -> Any:
@@ -49,4 +71,5 @@ def _check_interpreter() -> None:
 
 
 if INTERPRETED:
+    _patch_once_per_launch()
     _check_interpreter()

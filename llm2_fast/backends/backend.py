@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -61,6 +62,19 @@ class Backend(ABC):
     @abstractmethod
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
         """Choose the next token of each sequence. The caller appends the tokens to the sequences."""
+
+    def can_run_ahead(self, sequences: list[Sequence]) -> bool:
+        """Whether `begin_step` of these sequences may follow a step of theirs whose tokens they have not got yet."""
+        return False
+
+    def begin_step(self, sequences: list[Sequence]) -> Callable[[], list[StepOutput]]:
+        """Enqueue a step where the backend can; the function that is returned waits for its outputs.
+
+        At most one step before it may have tokens that the sequences have not got, and only if `can_run_ahead`. Room is
+        made for those, too.
+        """
+        outputs = self.step(sequences)
+        return lambda: outputs
 
     @abstractmethod
     def free(self, sequence: Sequence) -> None:

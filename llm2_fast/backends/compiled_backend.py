@@ -11,6 +11,7 @@ from llm2_fast.backends.cache_budget import CacheBudget
 from llm2_fast.backends.compilation import cached_specs, compiled_sources
 from llm2_fast.errors import CacheFullError
 from llm2_fast.models.loading import LoadedModel
+from llm2_fast.models.spec import DecoderSpec
 from llm2_fast.results import StepOutput
 from llm2_fast.sequence import Sequence
 from llm2_fast.verifier import Verifier
@@ -25,9 +26,15 @@ class CompiledBackend(Backend):
     _llm: Any
     _plan: Any
 
-    def __init__(self, model: LoadedModel, verifier: Verifier | None, kv_cache_memory_bytes: int | None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        verifier: Verifier | None,
+        kv_cache_memory_bytes: int | None,
+        cached: list[DecoderSpec] | None = None,
+    ) -> None:
         self._verified = verifier is not None
-        self._budget = CacheBudget(cached_specs(model, verifier), kv_cache_memory_bytes)
+        self._budget = CacheBudget(cached or cached_specs(model, verifier), kv_cache_memory_bytes)
         configs = [source.config.get_text_config() for source in compiled_sources(model, verifier)]
         self.vocab_size = min(config.vocab_size for config in configs)
         self.max_position_embeddings = min(config.max_position_embeddings for config in configs)
@@ -75,6 +82,10 @@ class CompiledBackend(Backend):
         return self._llm.prefix(sequence.slot)
 
     def _make_room(self, sequence: Sequence) -> None:
-        length = len(sequence) + 1  # the next token may be cached with the step that chooses it
+        length = self._length(sequence) + 1  # the next token may be cached with the step that chooses it
         self._llm.reserve(sequence.slot, length)
         self._plan.reserve(sequence, length)
+
+    def _length(self, sequence: Sequence) -> int:
+        """Of the sequence, once the tokens of all steps that have begun are its own."""
+        return len(sequence)

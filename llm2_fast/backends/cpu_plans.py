@@ -11,10 +11,10 @@ import torch
 from torch.utils.dlpack import to_dlpack
 
 from llm2_fast.backends.cached_decoder import CachedDecoder, PassRows
+from llm2_fast.backends.compiled_plan import CompiledPlan, Twins
 from llm2_fast.backends.options import occurring_tokens, pick_options, seen_tokens
 from llm2_fast.backends.outputs import step_outputs
 from llm2_fast.backends.step_tensors import StepTensors
-from llm2_fast.errors import ArgumentError
 from llm2_fast.ops import adjust_and_pick
 from llm2_fast.reference import Candidates
 from llm2_fast.results import StepOutput
@@ -23,7 +23,7 @@ from llm2_fast.sequence import Sequence
 _LONG = 64  # more skipped tokens than this do not ride along with the candidates
 
 
-class CpuPlan(ABC):
+class CpuPlan(CompiledPlan, ABC):
     """One step of a batch, and what a verifier keeps of its sequences."""
 
     def __init__(self, extension: ModuleType, llm: CachedDecoder) -> None:
@@ -34,24 +34,8 @@ class CpuPlan(ABC):
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
         """Choose the next token of each sequence."""
 
-    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
-        """Logits of the next token of each sequence, float32 [B, vocab_size]. Not with a verifier."""
-        raise ArgumentError("verifier", "None, for System 1's logits", type(self).__name__)
-
-    def add(self, sequence: Sequence) -> None:
-        """A sequence was given a slot."""
-
-    def reserve(self, sequence: Sequence, length: int) -> None:
-        """Make room for `length` positions in what a verifier keeps. Raises `CacheFullError`."""
-
     def prefill(self, sequences: list[Sequence]) -> None:
         """Compute what a verifier keeps of all tokens, if it needs it at every step."""
-
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """A slot was forked: the child's tokens begin with the parent's. Raises `CacheFullError`."""
-
-    def free(self, slot: int) -> None:
-        """A slot is about to be given back; it may not have been added yet."""
 
     def _tensors_for(self, sequences: list[Sequence]) -> StepTensors:
         if self._tensors is None or not self._tensors.fit(sequences):
@@ -121,7 +105,7 @@ class JointCpuPlan(CpuPlan):
         slots = [s.slot for s in sequences]
         lengths = [self._llm.lengths[slot] for slot in slots]
         seen = occurring_tokens(sequences, self._llm.spec.vocab_size)
-        adapted_cache, adapted_slots = self._twins(slots)
+        adapted_cache, adapted_slots = self._adapted_slots(slots)
         self._llm.decoder.joint_step(
             self._llm.cache,
             tensors.bound,
@@ -139,7 +123,7 @@ class JointCpuPlan(CpuPlan):
         verifier_rows = self._verifier_rows(tensors.candidates.count.tolist())
         return step_outputs(sequences, tensors.candidates, tensors.scores, tensors.picked, verifier_rows)
 
-    def _twins(self, slots: list[int]) -> tuple[Any, list[int]]:
+    def _adapted_slots(self, slots: list[int]) -> tuple[Any, list[int]]:
         """The cache of the branches' adapted twins, if they have any, and their slots."""
         return None, []
 
@@ -163,33 +147,17 @@ class JointLoraCpuPlan(JointCpuPlan):
 
     def __init__(self, extension: ModuleType, llm: CachedDecoder, adapted: CachedDecoder, head: Any) -> None:
         super().__init__(extension, llm, head)
-        self._adapted = adapted
-        self._slots: dict[int, int] = {}  # LLM slot -> slot of the adapted cache
-
-    def add(self, sequence: Sequence) -> None:
-        self._slots[sequence.slot] = self._adapted.allocate()
-
-    def reserve(self, sequence: Sequence, length: int) -> None:
-        self._adapted.reserve(self._slots[sequence.slot], length)
+        self._adapted, self._twins = adapted, Twins(adapted)
 
     def prefill(self, sequences: list[Sequence]) -> None:
-        slots = [self._slots[s.slot] for s in sequences]
-        missing = [s.tokens_from(self._adapted.lengths[slot]) for s, slot in zip(sequences, slots, strict=True)]
-        self._adapted.extend(slots, missing)
+        self._twins.catch_up(sequences)
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        self._slots[child.slot] = self._adapted.fork(self._slots[parent.slot])
-
-    def free(self, slot: int) -> None:
-        if slot in self._slots:
-            self._adapted.free(self._slots.pop(slot))
-
-    def _twins(self, slots: list[int]) -> tuple[Any, list[int]]:
-        return self._adapted.cache, [self._slots[slot] for slot in slots]
+    def _adapted_slots(self, slots: list[int]) -> tuple[Any, list[int]]:
+        return self._adapted.cache, [self._twins[slot] for slot in slots]
 
     def _committed(self, slot: int) -> None:
         super()._committed(slot)
-        self._adapted.lengths[self._slots[slot]] += 1
+        self._adapted.lengths[self._twins[slot]] += 1
 
     def _verifier_rows(self, counts: list[int]) -> list[int]:
         return counts  # an unambiguous step's row extends the adapter's cache
@@ -200,8 +168,7 @@ class LazyCpuPlan(CpuPlan):
 
     def __init__(self, extension: ModuleType, llm: CachedDecoder, verifier: CachedDecoder, head: Any) -> None:
         super().__init__(extension, llm)
-        self._verifier, self._head = verifier, head
-        self._slots: dict[int, int] = {}  # LLM slot -> verifier slot
+        self._verifier, self._twins, self._head = verifier, Twins(verifier), head
 
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
         tensors = self._tensors_for(sequences)
@@ -224,27 +191,8 @@ class LazyCpuPlan(CpuPlan):
         )
         for sequence, first_row, index in zip(sequences, first_rows, picked.index.tolist(), strict=True):
             if index >= 0 and first_row is not None:
-                self._verifier.keep_row(self._slots[sequence.slot], first_row + index)
+                self._verifier.keep_row(self._twins[sequence.slot], first_row + index)
         return step_outputs(sequences, candidates, scores, picked, verifier_rows)
-
-    def add(self, sequence: Sequence) -> None:
-        self._slots[sequence.slot] = self._verifier.allocate()
-
-    def reserve(self, sequence: Sequence, length: int) -> None:
-        self._verifier.reserve(self._slots[sequence.slot], length)
-
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        slot = self._slots[parent.slot]
-        self._verifier.extend([slot], [self._skipped(parent)])  # once for all forks
-        self._slots[child.slot] = self._verifier.fork(slot)
-
-    def free(self, slot: int) -> None:
-        if slot in self._slots:
-            self._verifier.free(self._slots.pop(slot))
-
-    def _skipped(self, sequence: Sequence) -> list[int]:
-        """Tokens that the verifier has not seen yet."""
-        return sequence.tokens_from(self._verifier.lengths[self._slots[sequence.slot]])
 
     def _score(
         self, sequences: list[Sequence], candidates: Candidates
@@ -258,12 +206,13 @@ class LazyCpuPlan(CpuPlan):
         if not ambiguous:
             return scores, first_rows, verifier_rows
         for row in ambiguous:
-            verifier_rows[row] = len(self._skipped(sequences[row])) + counts[row]
-        self._catch_up([sequences[row] for row in ambiguous])
+            verifier_rows[row] = len(self._twins.skipped(sequences[row])) + counts[row]
+        # Long stretches of skipped tokens, prompts mostly, run in passes of their own.
+        self._twins.catch_up([sequences[row] for row in ambiguous if verifier_rows[row] - counts[row] > _LONG])
         rows = PassRows.empty()
         for row in ambiguous:
-            slot = self._slots[sequences[row].slot]
-            chain = self._verifier.pending_rows([slot], [self._skipped(sequences[row])])
+            slot = self._twins[sequences[row].slot]
+            chain = self._verifier.pending_rows([slot], [self._twins.skipped(sequences[row])])
             for token, position in zip(chain.token_ids, chain.positions, strict=True):
                 rows.add(slot, token, position, stored=True)
             first_rows[row] = len(rows)
@@ -275,8 +224,3 @@ class LazyCpuPlan(CpuPlan):
             first, count = first_rows[row], counts[row]
             scores[row, :count] = row_scores[first : first + count]
         return scores, first_rows, verifier_rows
-
-    def _catch_up(self, sequences: list[Sequence]) -> None:
-        """Run long stretches of skipped tokens, prompts mostly, in passes of their own."""
-        long = [s for s in sequences if len(self._skipped(s)) > _LONG]
-        self._verifier.extend([self._slots[s.slot] for s in long], [self._skipped(s) for s in long])

@@ -13,7 +13,8 @@ from llm2_fast.cache.blocks import BlockTables
 from llm2_fast.errors import ArgumentError, CacheFullError
 from llm2_fast.kernels.branch_attention import Workspace, branch_attention, tile_rows
 from llm2_fast.kernels.embed import embed
-from llm2_fast.kernels.linear import empty_partial, linear
+from llm2_fast.kernels.linear import WeightedRows, empty_partial, linear
+from llm2_fast.kernels.project_heads import project_heads
 from llm2_fast.kernels.rms_norm import rms_norm
 from llm2_fast.kernels.rope_and_store import rope_and_store
 from llm2_fast.kernels.row_tiles import plan_row_tiles
@@ -55,7 +56,8 @@ class PassRows:
         hidden, heads = spec.hidden_size, (rows, spec.num_heads, spec.head_dim)
         kv_heads = (spec.num_layers, rows, spec.num_kv_heads, spec.head_dim)
         self.stream, self.branch = empty(rows, hidden, of=torch.float32), empty(rows, hidden, of=torch.float32)
-        self.normed, self.hidden_states = empty(rows, hidden), empty(rows, hidden)
+        self.weighted = WeightedRows.empty(rows, hidden, dtype, device)  # what the layers' products read
+        self.hidden_states = empty(rows, hidden)
         self.qkv = empty(rows, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, of=torch.float32)
         self.query, self.attended = empty(*heads), empty(*heads)
         self.own_key, self.own_value = empty(*kv_heads), empty(*kv_heads)
@@ -207,10 +209,9 @@ class CudaDecoder:
         """A pass over rows that the host lists, of at most `sequences` slots; each slot's together."""
         rows = self.pass_rows(row_budget(len(tokens)), sequences)
         count = len(tokens)
-        packed = torch.tensor([tokens, slots, positions], dtype=torch.int32).to(self.device)
-        for target, source in zip((rows.token, rows.slot, rows.position), packed, strict=True):
+        packed = torch.tensor([tokens, slots, positions, stored], dtype=torch.int32).to(self.device)
+        for target, source in zip((rows.token, rows.slot, rows.position, rows.stored), packed, strict=True):
             target[:count].copy_(source)
-        rows.stored[:count].copy_(torch.tensor(stored))
         rows.count.fill_(count)
         key = (len(rows.token), sequences)
         if key not in self._passes:
@@ -234,45 +235,66 @@ class CudaDecoder:
         plan_row_tiles(rows.slot, rows.tile, rows.first_row, count)
         if rows.lora_hidden:
             torch.index_select(self.slot_adapted, 0, rows.slot, out=rows.adapted)
-        eps = spec.rms_norm_eps
-        rms_norm(rows.stream, weights.layers[0].norms["input_norm"], eps, None, rows.normed, None, count)
+        self._norm(rows, weights.layers[0].norms["input_norm"])
+        squares = None  # of the weighted rows, unless they are normalized
         for index, layer in enumerate(weights.layers):
-            self._attend(rows, index)
-            self._add(rows, index, "o", rows.attended.view(len(rows.token), -1), "attention_output_norm")
-            rms_norm(rows.stream, layer.norms["mlp_input_norm"], eps, None, rows.normed, None, count)
-            self._linear(rows, rows.normed, layer.linears["gate_up"], rows.gated, activation=f"{spec.activation}_mul")
-            self._add(rows, index, "down", rows.gated, "mlp_output_norm")
+            self._attend(rows, index, squares)
+            attended, norm = rows.attended.view(len(rows.token), -1), layer.norms["mlp_input_norm"]
+            squares = self._add(rows, index, "o", attended, "attention_output_norm", norm)
+            self._linear(
+                rows, rows.weighted.values, layer.linears["gate_up"], rows.gated, squares=squares,
+                activation=f"{spec.activation}_mul",
+            )  # fmt: skip
+            norm = weights.layers[index + 1].norms["input_norm"] if index + 1 < spec.num_layers else None
+            squares = self._add(rows, index, "down", rows.gated, "mlp_output_norm", norm)
             self._keep_features(rows, index, rows.stream)
-            is_last = index + 1 == spec.num_layers
-            norm = weights.final_norm if is_last else weights.layers[index + 1].norms["input_norm"]
-            rms_norm(rows.stream, norm, eps, None, rows.hidden_states if is_last else rows.normed, None, count)
+        rms_norm(rows.stream, weights.final_norm, spec.rms_norm_eps, None, rows.hidden_states, None, count)
         self._keep_features(rows, FINAL_LAYER, rows.hidden_states)
 
-    def _attend(self, rows: PassRows, index: int) -> None:
+    def _norm(self, rows: PassRows, weight: torch.Tensor) -> None:
+        """The norm of the residual stream, for the products that follow."""
+        rms_norm(rows.stream, weight, self.spec.rms_norm_eps, None, rows.weighted.values, None, rows.count)
+
+    def _attend(self, rows: PassRows, index: int, squares: torch.Tensor | None) -> None:
         """Attention of a layer to the prefixes, as the rows that are stored extend them, and of each row to itself."""
         spec, layer = self.spec, self.weights.layers[index]
         caches = self.key_cache[index], self.value_cache[index]
         own = rows.own_key[index], rows.own_value[index]
         where = self.block_table, rows.slot, rows.position
-        self._linear(rows, rows.normed, layer.linears["qkv"], rows.qkv)
-        rope_and_store(
-            rows.qkv, rows.cosine[layer.rotary_table], rows.sine[layer.rotary_table], layer.norms.get("q_norm"),
-            layer.norms.get("k_norm"), spec.rms_norm_eps, *caches, *where, rows.stored, rows.query, *own, rows.count,
-        )  # fmt: skip
+        angles = rows.cosine[layer.rotary_table], rows.sine[layer.rotary_table]
+        heads = (*caches, *where, rows.stored, rows.query, *own)
+        x, qkv, eps = rows.weighted.values, layer.linears["qkv"], spec.rms_norm_eps
+        if "q_norm" in layer.norms or "k_norm" in layer.norms:
+            norms = layer.norms.get("q_norm"), layer.norms.get("k_norm")
+            self._linear(rows, x, qkv, rows.qkv, squares=squares)
+            rope_and_store(rows.qkv, *angles, *norms, eps, *heads, rows.count)
+        else:
+            update, partial = self._update(rows, x, qkv, squares), rows.partials[tuple(qkv.weight.shape)]
+            project_heads(x, qkv.weight, qkv.bias, *update, *angles, *heads, partial, rows.count, squares, eps)
         branch_attention(
             rows.query, *caches, *where, rows.has_own, *own, spec.attention_scale, layer.sliding_window, rows.attended,
-            rows.first_row, rows.workspace, rows.count,
+            rows.first_row, rows.workspace,
         )  # fmt: skip
 
-    def _add(self, rows: PassRows, index: int, name: str, x: torch.Tensor, norm: str) -> None:
-        """Add what a linear layer makes of `x`, normed if the layer has this norm, to the residual stream."""
-        layer = self.weights.layers[index]
-        if norm not in layer.norms:
-            self._linear(rows, x, layer.linears[name], rows.stream, residual=rows.stream)
-            return
+    def _add(
+        self, rows: PassRows, index: int, name: str, x: torch.Tensor, output_norm: str, next_norm: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Add what a linear layer makes of `x`, normed if the layer has this norm, to the residual stream.
+
+        Then apply the next norm, if there is one, but for the division by the squares that are returned, if they are.
+        """
+        layer, shard = self.weights.layers[index], self.weights.shard
+        if output_norm not in layer.norms and shard.size == 1:
+            self._linear(rows, x, layer.linears[name], rows.stream, residual=rows.stream, next_norm=next_norm)
+            return None if next_norm is None else rows.weighted.squares
         self._linear(rows, x, layer.linears[name], rows.branch)
-        rms_norm(rows.branch, layer.norms[norm], self.spec.rms_norm_eps, None, rows.branch, None, rows.count)
+        shard.add(rows.branch)
+        if output_norm in layer.norms:
+            rms_norm(rows.branch, layer.norms[output_norm], self.spec.rms_norm_eps, None, rows.branch, None, rows.count)
         rows.stream.add_(rows.branch)
+        if next_norm is not None:
+            self._norm(rows, next_norm)
+        return None
 
     def _linear(
         self,
@@ -282,15 +304,25 @@ class CudaDecoder:
         output: torch.Tensor,
         residual: torch.Tensor | None = None,
         activation: str | None = None,
+        squares: torch.Tensor | None = None,
+        next_norm: torch.Tensor | None = None,
     ) -> None:
-        update = (None, None, None)
-        if layer.lora_a is not None:
-            hidden = rows.lora_hidden[len(layer.lora_a)]
-            partial = rows.partials[tuple(layer.lora_a.shape)]
-            linear(x, layer.lora_a, None, None, None, None, None, None, hidden, partial, rows.count)
-            update = (hidden, layer.lora_b, rows.adapted)
-        partial = rows.partials[tuple(layer.weight.shape)]
-        linear(x, layer.weight, layer.bias, *update, residual, activation, output, partial, rows.count)
+        update, partial = self._update(rows, x, layer, squares), rows.partials[tuple(layer.weight.shape)]
+        linear(
+            x, layer.weight, layer.bias, *update, residual, activation, output, partial, rows.count, squares,
+            self.spec.rms_norm_eps, next_norm, None if next_norm is None else rows.weighted,
+        )  # fmt: skip
+
+    def _update(
+        self, rows: PassRows, x: torch.Tensor, layer: CudaLinear, squares: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The low-rank update of a linear layer as launchers take it, A x computed."""
+        if layer.lora_a is None:
+            return None, None, None
+        hidden, partial = rows.lora_hidden[len(layer.lora_a)], rows.partials[tuple(layer.lora_a.shape)]
+        eps = self.spec.rms_norm_eps
+        linear(x, layer.lora_a, None, None, None, None, None, None, hidden, partial, rows.count, squares, eps)
+        return hidden, layer.lora_b, rows.adapted
 
     def _keep_features(self, rows: PassRows, layer: int, states: torch.Tensor) -> None:
         """Copy hidden states that a score head reads beside others."""

@@ -1,24 +1,24 @@
-"""The ways in which the cuda backend gets scores: plain, joint look-ahead, lazy, always."""
+"""The ways in which the cuda backend gets scores: plain, joint look-ahead, lazy, always.
+
+A step is enqueued by `begin`, and the next one may be before the host has seen what the first has picked. What the host
+knows of a slot, its length above all, is that of the steps it has waited for.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
+from llm2_fast.backends.compiled_plan import CompiledPlan, Twins
 from llm2_fast.backends.cuda_decoder import CudaDecoder
-from llm2_fast.backends.cuda_steps import (
-    AlwaysStep,
-    CudaHead,
-    JointStep,
-    LazyStep,
-    PlainStep,
-    Step,
-    StepShape,
-    takes_largest,
-)
+from llm2_fast.backends.cuda_plain_step import PlainStep, takes_largest
+from llm2_fast.backends.cuda_step import Step, StepShape
+from llm2_fast.backends.cuda_verified_steps import AlwaysStep, CudaHead, JointStep, LazyStep
+from llm2_fast.backends.late_step import LateStep, Reported
 from llm2_fast.backends.outputs import step_outputs
+from llm2_fast.backends.report import Receipt
 from llm2_fast.errors import ArgumentError
 from llm2_fast.kernels.row_tiles import MAX_ROWS
 from llm2_fast.kernels.select_candidates import MAX_CANDIDATES
@@ -29,7 +29,7 @@ from llm2_fast.sequence import Sequence
 _LARGEST_BATCH = 256  # of one step; more sequences are decoded in parts
 
 
-class CudaPlan(ABC):
+class CudaPlan(CompiledPlan, ABC):
     """Steps of batches, and what a verifier keeps of their sequences."""
 
     rows_per_branch = 1
@@ -38,24 +38,32 @@ class CudaPlan(ABC):
         self._llm = llm
         self._steps: dict[tuple, Step] = {}
         self._bound: tuple[Step, list[Sequence]] | None = None
-        self._slots: dict[int, int] = {}  # LLM slot -> slot of the verifier's prefix
+        self._late: list[LateStep] = []  # whose outputs have not been built
 
-    def step(self, sequences: list[Sequence]) -> list[StepOutput]:
-        """Choose the next token of each sequence."""
-        return [output for part in self._parts(sequences) for output in self._step(part)]
+    def begin(self, sequences: list[Sequence]) -> Callable[[], list[StepOutput]]:
+        """Enqueue the choice of each sequence's next token. What is returned waits for it."""
+        for step in self._late[:-1]:
+            step.outputs()  # before its report is overwritten
+        begun = [self._begin(part) for part in self._parts(sequences)]
+        return lambda: [output for step in begun for output in step.outputs()]
 
-    def logits(self, sequences: list[Sequence]) -> torch.Tensor:
-        """Logits of the next token of each sequence, float32 [B, vocab_size]. Not with a verifier."""
-        raise ArgumentError("verifier", "None, for System 1's logits", type(self).__name__)
+    def continues(self, sequences: list[Sequence]) -> bool:
+        """The last step was theirs, so the next one begins where that one ends, on the device."""
+        return self._bound is not None and self._bound[1] == sequences
+
+    @property
+    def num_unknown(self) -> int:
+        """Steps enqueued for which the host has not waited."""
+        return sum(not step.known for step in self._late)
+
+    def settle(self) -> None:
+        """Wait for all steps, so that the host's books are those of the device."""
+        for step in self._late:
+            step.outputs()
+        self._late.clear()
 
     def check(self, sequence: Sequence) -> None:
         """Raise `ArgumentError` if a sequence's options are out of reach."""
-
-    def add(self, sequence: Sequence) -> None:
-        """A sequence was given a slot."""
-
-    def reserve(self, sequence: Sequence, length: int) -> None:
-        """Make room for `length` positions in what a verifier keeps. Raises `CacheFullError`."""
 
     def extend(self, sequences: list[Sequence]) -> None:
         """Compute what is missing of the sequences' tokens, the verifier's too if it needs it at every step."""
@@ -64,21 +72,31 @@ class CudaPlan(ABC):
             self.release()
             self._llm.extend([s.slot for s in missing], [s.tokens_from(self._llm.lengths[s.slot]) for s in missing])
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """A slot was forked: the child's tokens begin with the parent's. Raises `CacheFullError`."""
-
-    def free(self, slot: int) -> None:
-        """A slot is about to be given back; it may not have been added yet."""
-
     def release(self) -> None:
         """What the next step begins with has to be computed anew."""
+        self.settle()
         self._bound = None
 
     @abstractmethod
     def _make(self, shape: StepShape) -> Step: ...
 
     @abstractmethod
-    def _step(self, sequences: list[Sequence]) -> list[StepOutput]: ...
+    def _begin(self, sequences: list[Sequence]) -> LateStep: ...
+
+    def _enqueue(
+        self, step: Step, note: Callable[[Reported], None], build: Callable[[Reported], list[StepOutput]]
+    ) -> LateStep:
+        """Both parts of a step; the report is on its way while the second runs."""
+        step.decide()
+        receipt = step.report.send()
+        step.advance()
+        return self._track(receipt, note, build)
+
+    def _track(
+        self, receipt: Receipt, note: Callable[[Reported], None], build: Callable[[Reported], list[StepOutput]]
+    ) -> LateStep:
+        self._late = [*self._late[-1:], LateStep(receipt, note, build)]
+        return self._late[-1]
 
     def _parts(self, sequences: list[Sequence]) -> Iterator[list[Sequence]]:
         """Batches whose rows fit a pass."""
@@ -90,10 +108,13 @@ class CudaPlan(ABC):
 
     def _bind(self, sequences: list[Sequence], shape: StepShape, key: tuple = ()) -> Step:
         """The step of these sequences, ready to decide."""
-        self.extend(sequences)
+        if not self.continues(sequences):
+            self.settle()
+            self.extend(sequences)
         if (step := self._steps.get((shape, *key))) is None:
             step = self._steps[(shape, *key)] = self._make(shape, *key)
         if self._bound != (step, sequences):
+            self.settle()
             self._bind_slots(step, sequences)
             self._bound = step, list(sequences)
         return step
@@ -125,12 +146,18 @@ class PlainCudaPlan(CudaPlan):
             parts.append(step.logits[: len(part)].cpu())
         return torch.cat(parts)
 
-    def _step(self, sequences: list[Sequence]) -> list[StepOutput]:
-        step = self._plain_step(sequences)
-        step.decide()
-        step.report.send()
-        step.advance()
-        report, batch = step.report.receive(), len(sequences)
+    def _begin(self, sequences: list[Sequence]) -> LateStep:
+        slots = [s.slot for s in sequences]
+
+        def note(report: Reported) -> None:
+            for slot, token in zip(slots, report["token"].tolist(), strict=False):
+                self._llm.lengths[slot] += token >= 0
+
+        return self._enqueue(self._plain_step(sequences), note, lambda report: self._outputs(sequences, report))
+
+    @staticmethod
+    def _outputs(sequences: list[Sequence], report: Reported) -> list[StepOutput]:
+        batch = len(sequences)
         values = {name: values[:batch] for name, values in report.items()}
         greedy = torch.tensor([takes_largest(s) for s in sequences])
         token = values["token"]
@@ -141,8 +168,6 @@ class PlainCudaPlan(CudaPlan):
         zero = torch.zeros(batch, dtype=torch.bool)
         candidates = Candidates(token[:, None], logit, index + 1, logit[:, 0] - logprob, zero)
         picked = Picked(index, token, logprob, index, logit, zero)
-        for sequence, value in zip(sequences, token.tolist(), strict=True):
-            self._llm.lengths[sequence.slot] += value >= 0
         return step_outputs(sequences, candidates, None, picked, [0] * batch)
 
 
@@ -158,12 +183,13 @@ class VerifiedCudaPlan(CudaPlan):
         if width > MAX_CANDIDATES:
             raise ArgumentError("max_candidates", f"at most {MAX_CANDIDATES} with the cuda backend", width)
 
+    @staticmethod
     def _outputs(
-        self, sequences: list[Sequence], report: dict[str, torch.Tensor], first: int, verifier_rows: list[int]
+        sequences: list[Sequence], selected: Reported, report: Reported, first: int, verifier_rows: list[int]
     ) -> list[StepOutput]:
-        """Of a report whose scores of sequence b begin at row `first_row[first + b]`."""
+        """Of a report whose scores of sequence b begin at row `first_row[first + b]`; candidates are in `selected`."""
         batch = len(sequences)
-        candidates = Candidates(*(report[name][:batch] for name in Candidates._fields))
+        candidates = Candidates(*(selected[name][:batch] for name in Candidates._fields))
         picked = Picked(*(report[name][:batch] for name in Picked._fields))
         place = report["first_row"][first : first + batch, None] + torch.arange(candidates.ids.shape[1])
         scores = report["scores"].take(place.clamp(0, len(report["scores"]) - 1))
@@ -176,18 +202,20 @@ class JointCudaPlan(VerifiedCudaPlan):
     def _make(self, shape: StepShape) -> Step:
         return JointStep(self._llm, shape, self._head, self.rows_per_branch)
 
-    def _step(self, sequences: list[Sequence]) -> list[StepOutput]:
+    def _begin(self, sequences: list[Sequence]) -> LateStep:
         step = self._bind(sequences, StepShape.of(sequences))
-        step.decide()
-        step.report.send()
-        step.advance()
-        report = step.report.receive()
-        for sequence, index in zip(sequences, report["index"].tolist(), strict=False):
-            if index >= 0:
-                self._committed(sequence.slot)
-        first = step.shape.batch * (self.rows_per_branch - 1)
-        rows = self._verifier_rows(report["count"][: len(sequences)].tolist())
-        return self._outputs(sequences, report, first, rows)
+        slots, first = [s.slot for s in sequences], step.shape.batch * (self.rows_per_branch - 1)
+
+        def note(report: Reported) -> None:
+            for slot, index in zip(slots, report["index"].tolist(), strict=False):
+                if index >= 0:
+                    self._committed(slot)
+
+        def build(report: Reported) -> list[StepOutput]:
+            rows = self._verifier_rows(report["count"][: len(sequences)].tolist())
+            return self._outputs(sequences, report, report, first, rows)
+
+        return self._enqueue(step, note, build)
 
     def _committed(self, slot: int) -> None:
         self._llm.lengths[slot] += 1
@@ -201,34 +229,25 @@ class JointLoraCudaPlan(JointCudaPlan):
 
     rows_per_branch = 2
 
-    def add(self, sequence: Sequence) -> None:
-        self._slots[sequence.slot] = self._llm.allocate(adapted=True)
-
-    def reserve(self, sequence: Sequence, length: int) -> None:
-        self._llm.reserve(self._slots[sequence.slot], length)
+    def __init__(self, llm: CudaDecoder, head: CudaHead) -> None:
+        super().__init__(llm, head)
+        self._twins = Twins(llm, adapted=True)
 
     def extend(self, sequences: list[Sequence]) -> None:
-        pairs = [(slot, s) for s in sequences for slot in (s.slot, self._slots[s.slot])]
+        pairs = [(slot, s) for s in sequences for slot in (s.slot, self._twins[s.slot])]
         missing = [(slot, s.tokens_from(self._llm.lengths[slot])) for slot, s in pairs]
         missing = [(slot, tokens) for slot, tokens in missing if tokens]
         if missing:
             self.release()
             self._llm.extend(*zip(*missing, strict=True))
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        self._slots[child.slot] = self._llm.fork(self._slots[parent.slot])
-
-    def free(self, slot: int) -> None:
-        if slot in self._slots:
-            self._llm.free(self._slots.pop(slot))
-
     def _bind_slots(self, step: JointStep, sequences: list[Sequence]) -> None:
         step.bind(sequences)
-        step.bind_twins([self._slots[s.slot] for s in sequences])
+        step.bind_twins([self._twins[s.slot] for s in sequences])
 
     def _committed(self, slot: int) -> None:
         super()._committed(slot)
-        self._llm.lengths[self._slots[slot]] += 1
+        self._llm.lengths[self._twins[slot]] += 1
 
     def _verifier_rows(self, counts: list[int]) -> list[int]:
         return counts  # an unambiguous step's row extends the adapter's cache
@@ -239,36 +258,13 @@ class FullCudaPlan(VerifiedCudaPlan):
 
     def __init__(self, llm: CudaDecoder, head: CudaHead, verifier: CudaDecoder) -> None:
         super().__init__(llm, head)
-        self.verifier = verifier
+        self.verifier, self._twins = verifier, Twins(verifier)
 
-    def add(self, sequence: Sequence) -> None:
-        self._slots[sequence.slot] = self.verifier.allocate()
-
-    def reserve(self, sequence: Sequence, length: int) -> None:
-        self.verifier.reserve(self._slots[sequence.slot], length)
-
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        self._catch_up([parent])  # once for all forks
-        self._slots[child.slot] = self.verifier.fork(self._slots[parent.slot])
-
-    def free(self, slot: int) -> None:
-        if slot in self._slots:
-            self.verifier.free(self._slots.pop(slot))
-
-    def _skipped(self, sequence: Sequence) -> list[int]:
-        """Tokens that the verifier has not seen yet."""
-        return sequence.tokens_from(self.verifier.lengths[self._slots[sequence.slot]])
-
-    def _catch_up(self, sequences: list[Sequence]) -> None:
-        missing = [(self._slots[s.slot], tokens) for s in sequences if (tokens := self._skipped(s))]
-        if missing:
-            self.verifier.extend(*zip(*missing, strict=True))
-
-    def _advanced(self, sequences: list[Sequence], report: dict[str, torch.Tensor], verified: list[bool]) -> None:
+    def _advanced(self, slots: list[int], report: Reported, verified: list[bool]) -> None:
         """The LLM has run over the picked tokens; the verifier has kept those of `verified` sequences."""
-        for sequence, index, kept in zip(sequences, report["index"].tolist(), verified, strict=False):
-            self._llm.lengths[sequence.slot] += index >= 0
-            self.verifier.lengths[self._slots[sequence.slot]] += index >= 0 and kept
+        for slot, index, kept in zip(slots, report["index"].tolist(), verified, strict=False):
+            self._llm.lengths[slot] += index >= 0
+            self.verifier.lengths[self._twins[slot]] += index >= 0 and kept
 
 
 class AlwaysCudaPlan(FullCudaPlan):
@@ -279,49 +275,73 @@ class AlwaysCudaPlan(FullCudaPlan):
 
     def extend(self, sequences: list[Sequence]) -> None:
         super().extend(sequences)
-        if any(self._skipped(s) for s in sequences):
+        if any(self._twins.skipped(s) for s in sequences):
             self.release()
-            self._catch_up(sequences)
+            self._twins.catch_up(sequences)
 
     def _bind_slots(self, step: AlwaysStep, sequences: list[Sequence]) -> None:
         step.bind(sequences)
-        step.bind_verifier([self._slots[s.slot] for s in sequences])
+        step.bind_verifier([self._twins[s.slot] for s in sequences])
 
-    def _step(self, sequences: list[Sequence]) -> list[StepOutput]:
+    def _begin(self, sequences: list[Sequence]) -> LateStep:
         step = self._bind(sequences, StepShape.of(sequences))
-        step.decide()
-        step.report.send()
-        step.advance()
-        report = step.report.receive()
-        self._advanced(sequences, report, [True] * len(sequences))
-        return self._outputs(sequences, report, 0, report["count"][: len(sequences)].tolist())
+        slots, batch = [s.slot for s in sequences], len(sequences)
+        return self._enqueue(
+            step,
+            lambda report: self._advanced(slots, report, [True] * batch),
+            lambda report: self._outputs(sequences, report, report, 0, report["count"][:batch].tolist()),
+        )
 
 
 class LazyCudaPlan(FullCudaPlan):
-    """The verifier runs at ambiguous steps only and catches up on what it skipped."""
+    """The verifier runs at ambiguous steps only and catches up on what it skipped.
+
+    A step's report holds its pick and the next step's candidates. The host waits for it once, to see whether the next
+    step needs the verifier and to list the verifier's rows.
+    """
 
     rows_per_branch = 3  # candidates, and skipped tokens that ride along
+
+    def __init__(self, llm: CudaDecoder, head: CudaHead, verifier: CudaDecoder) -> None:
+        super().__init__(llm, head, verifier)
+        self._selected: Callable[[], Reported] | None = None  # waits for the next step's candidates
+        self._last_tokens: dict[int, int] = {}  # by slot, that the last step known has picked
 
     def _make(self, shape: StepShape) -> Step:
         return LazyStep(self._llm, shape, self._head, self.verifier)
 
-    def _step(self, sequences: list[Sequence]) -> list[StepOutput]:
+    def _bind_slots(self, step: LazyStep, sequences: list[Sequence]) -> None:
+        step.bind(sequences)
+        self._selected = step.report.send().wait
+
+    def _begin(self, sequences: list[Sequence]) -> LateStep:
         step = self._bind(sequences, StepShape.of(sequences))
-        report, batch = step.report.receive(), len(sequences)
-        counts = report["count"][:batch].tolist()
-        ambiguous = [count > 1 for count in counts]
-        skipped = [self._skipped(s) for s in sequences]
+        selected, slots, batch = self._selected(), [s.slot for s in sequences], len(sequences)
+        counts = selected["count"][:batch].tolist()
+        ambiguous, skipped = [count > 1 for count in counts], [[] for _ in sequences]
         if any(ambiguous):
-            ids = [row[:count] if count > 1 else [] for row, count in zip(report["ids"].tolist(), counts, strict=False)]
-            step.score([self._slots[s.slot] for s in sequences], skipped, ids)
+            ids = selected["ids"][:batch].tolist()
+            ids = [row[:count] if count > 1 else [] for row, count in zip(ids, counts, strict=True)]
+            skipped = [self._skipped(s) if row else [] for s, row in zip(sequences, ids, strict=True)]
+            step.score([self._twins[slot] for slot in slots], skipped, ids)
         step.decide()
-        step.report.send()
         if any(ambiguous):
             step.keep_winners()
         step.advance()
-        report = step.report.receive()
-        self._advanced(sequences, report, ambiguous)
         rows = [len(skipped[b]) + counts[b] if ambiguous[b] else 0 for b in range(batch)]
-        outputs = self._outputs(sequences, report, 0, rows)
-        step.report.send()  # the next candidates
-        return outputs
+
+        def note(report: Reported) -> None:
+            self._advanced(slots, report, ambiguous)
+            tokens = zip(slots, report["token"].tolist(), strict=False)
+            self._last_tokens = {slot: token for slot, token in tokens if token >= 0}
+
+        late = self._track(step.report.send(), note, lambda report: self._outputs(sequences, selected, report, 0, rows))
+        self._selected = late.wait
+        return late
+
+    def _skipped(self, sequence: Sequence) -> list[int]:
+        """Tokens that the verifier lacks, the one that the sequence is about to get included."""
+        tokens, slot = self._twins.skipped(sequence), sequence.slot
+        if self._llm.lengths[slot] > max(len(sequence), self._twins.length(slot)):
+            tokens = [*tokens, self._last_tokens[slot]]
+        return tokens

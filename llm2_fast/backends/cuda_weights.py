@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from llm2_fast.backends.shard import Shard
 from llm2_fast.models.source import ModelSource
 from llm2_fast.models.spec import DecoderSpec, text_decoder
 from llm2_fast.models.weights import LINEAR_PATHS, LoraUpdate, norm_weight, norms_of, share_weight, stack_updates
@@ -45,9 +46,10 @@ class CudaWeights:
         source: The model.
         device: Where the weights go.
         updates: LoRA updates by module path below the decoder.
+        shard: Which part of the linear layers to copy.
 
     Attributes:
-        spec: The decoder's.
+        spec: The decoder's, as far as it is here.
         layers: Its layers.
         embedding: [vocab_size, hidden_size].
         final_norm: float32 [hidden_size].
@@ -59,8 +61,15 @@ class CudaWeights:
         ArgumentError: The model has a part that compiled decoders lack.
     """
 
-    def __init__(self, source: ModelSource, device: torch.device, updates: dict[str, LoraUpdate] | None = None) -> None:
-        self.spec = DecoderSpec.from_model(source.skeleton)
+    def __init__(
+        self,
+        source: ModelSource,
+        device: torch.device,
+        updates: dict[str, LoraUpdate] | None = None,
+        shard: Shard | None = None,
+    ) -> None:
+        self._whole, self.shard = DecoderSpec.from_model(source.skeleton), shard or Shard()
+        self.spec = self.shard.spec(self._whole)
         self.device, self.dtype = device, getattr(torch, self.spec.dtype)
         decoder, lm_head = text_decoder(source.skeleton), source.skeleton.get_output_embeddings()
         self.embedding = self._copy(source, decoder.embed_tokens.weight)
@@ -94,18 +103,23 @@ class CudaWeights:
         updates: dict[str, LoraUpdate],
     ) -> CudaLinear:
         modules = [layer.get_submodule(path) for path in paths]
-        sizes = [module.weight.shape[0] for module in modules]
-        weight = torch.empty(sum(sizes), modules[0].weight.shape[1], dtype=self.dtype, device=self.device)
-        for part, module in zip(weight.split(sizes), modules, strict=True):
-            part.copy_(source.tensor(module.weight))
+        rows = [self.shard.rows(self._whole, path) for path in paths]
+        columns = self.shard.columns(self._whole, paths[0])  # modules with the same input have the same
+        parts = [module.weight[cut, columns] for module, cut in zip(modules, rows, strict=True)]
+        sizes = [len(part) for part in parts]
+        weight = torch.empty(sum(sizes), parts[0].shape[1], dtype=self.dtype, device=self.device)
+        for part, module, cut in zip(weight.split(sizes), modules, rows, strict=True):
+            part.copy_(source.tensor(module.weight)[cut, columns])
         bias = None
         if any(module.bias is not None for module in modules):
             bias = torch.zeros(sum(sizes), device=self.device)
-            for part, module in zip(bias.split(sizes), modules, strict=True):
-                if module.bias is not None:
-                    part.copy_(source.tensor(module.bias))
-        stacked = stack_updates(self.spec, [prefix + path for path in paths], updates)
+            for part, module, cut in zip(bias.split(sizes), modules, rows, strict=True):
+                # Of columns each process has a part of the sum, to which the bias is added once.
+                if module.bias is not None and (columns == slice(None) or self.shard.rank == 0):
+                    part.copy_(source.tensor(module.bias)[cut])
+        stacked = stack_updates(self._whole, [prefix + path for path in paths], updates)
         if stacked is None:
             return CudaLinear(weight, bias, None, None)
-        a, columns = stacked
-        return CudaLinear(weight, bias, a.to(weight), torch.cat(columns).to(weight))
+        a, of_rows = stacked
+        lora_b = torch.cat([b[cut] for b, cut in zip(of_rows, rows, strict=True)])
+        return CudaLinear(weight, bias, a[:, columns].to(weight).contiguous(), lora_b.to(weight))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
+
+_CAPTURE = threading.Lock()  # of torch's captures only one may be under way in a process
 
 
 class StepGraph:
@@ -27,7 +30,8 @@ class StepGraph:
             return
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # A stream of the current GPU, since torch's own is of the one that captured first. Other threads may go on.
+            with _CAPTURE, torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 self._function()
             self._graph = graph
         self._graph.replay()

@@ -24,6 +24,7 @@ _LOAD_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "bound on the keys and values of all sequences; half of the machine's memory unless given",
     },
     "cache_packed": {"action": "store_true", "help": "keep packed weights in files, so that later loads are fast"},
+    "always_verify": {"action": "store_true", "help": "a full verifier scores every step; for the cuda backend"},
     "allow_pickle": {"action": "store_true", "help": "also read pickled weights, which can run code while they load"},
 }
 

@@ -1,0 +1,1 @@
+"""Experiments that anyone can repeat: each module is a command, `python -m recipes.NAME`."""

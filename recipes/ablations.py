@@ -1,0 +1,162 @@
+"""What the arithmetic recipe leaves open: variants of its supervision, of alpha and beta, and of the problems.
+
+Starts where `recipes.arithmetic` ended, in the same directory. Each variant is a stage, so the command can be stopped
+and given again. Verifiers are of kind `full`, trained as in the recipe and compared on the same test problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from llm2_fast.evaluation.arms import PLAIN
+from llm2_fast.evaluation.report import ACCURACY
+from llm2_fast.supervision import SHARD_PATTERN, read_supervision
+from recipes.arithmetic import Arithmetic, parse_arguments, write_problems
+from recipes.experiment import PAPER_BETA, Experiment, choose_beta
+from recipes.negatives import describe_negatives
+from recipes.report import find_arm, find_comparison, percent, steered_arms, table
+from recipes.stages import Stages
+from recipes.word_problems import generate_workshop
+
+KIND = "full"
+THRESHOLDS = (0.25, 0.5, 0.75)
+ALPHAS = (0.05, 0.1, 0.2, 0.4)
+BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
+OPERATIONS = (2, 3, 4)
+LIKELIHOOD = {"quality": "likelihood", "threshold": math.log(0.5), "thresholds": ()}
+
+
+class Ablations:
+    """The variants, as stages.
+
+    Args:
+        arithmetic: Whose run they start from; what is missing of it is made first.
+    """
+
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        self.arithmetic, self.base, self.scale = arithmetic, arithmetic.experiment, arithmetic.scale
+        self.stages = Stages(self.base.directory / "ablations", arithmetic.stages.options)
+        self.experiment = Experiment(self.stages, self.base.system1, self.base.settings, self.base.seed)
+        self.beta = PAPER_BETA
+
+    def run(self) -> str:
+        """Everything, then the report."""
+        self.arithmetic.run()
+        self.beta = choose_beta(self.base.stages.result(f"betas, {KIND}"))
+        self.copy_problems()
+        variants = [*self.thresholds(), *self.explorations()]
+        operations = [(count, *self.operations(count)) for count in OPERATIONS]
+        grid = self.stages.run("alpha and beta", self.grid)
+        text = "\n\n".join(
+            [
+                "Supervision that a `full` verifier is trained on; greedy decoding of the test problems.",
+                table(("supervision", "pairs", "rollouts", "plain", "beta", "right", "gain", "McNemar p"), variants),
+                "Problems with more operations; System 1 and verifier as above, whose training problems have 3.",
+                table(
+                    ("operations", "positions", "candidates", "rollouts", "plain", "beta", "right", "gain"), operations
+                ),
+                "alpha and beta; in brackets the share of ambiguous steps.",
+                table(("alpha", *(f"beta {beta:g}" for beta in BETAS)), grid_rows(grid)),
+                "Negatives, and a sample of them.",
+                describe_negatives(self.base.directory),
+            ]
+        )
+        (self.stages.directory / "report.md").write_text(text, encoding="utf-8")
+        return text
+
+    def copy_problems(self) -> None:
+        """The splits of the recipe, and the half of the training split that costly variants share."""
+        for split in ("train", "validation", "test"):
+            self.experiment.problems(split).write_bytes(self.base.problems(split).read_bytes())
+        lines = self.base.problems("train").read_text(encoding="utf-8").splitlines(keepends=True)
+        self.experiment.problems("half").write_text("".join(lines[: len(lines) // 2]), encoding="utf-8")
+
+    def thresholds(self) -> Iterator[tuple[Any, ...]]:
+        """Negatives by another threshold, from the qualities that the recipe's exploration measured."""
+        explored = read_supervision(self.base.directory / "supervision")
+        for threshold in THRESHOLDS:
+            name = f"threshold-{threshold}"
+            directory = self.stages.directory / name
+            directory.mkdir(exist_ok=True)
+            lines = (example.with_threshold(threshold).to_json() + "\n" for example in explored.examples)
+            (directory / SHARD_PATTERN.replace("*", "00000")).write_text("".join(lines), encoding="utf-8")
+            yield from self._variant(f"Q < {threshold}", name, "as the recipe")
+
+    def explorations(self) -> Iterator[tuple[Any, ...]]:
+        """Other ways to tell negatives, with half of the training problems each, since continuations take time."""
+        for name, label, options in (
+            ("answers", "half of the problems: Q < 0.5", {}),
+            ("bypass", "half: every candidate (bypass)", {"bypass": True}),
+            ("likelihood", "half: the answer's likelihood per token < 0.5", LIKELIHOOD),
+        ):
+            stage = f"explore, {name}"
+            report = self.stages.run(
+                stage, lambda name=name, options=options: self.experiment.explore(name, "half", **options)
+            )
+            yield from self._variant(label, name, f"{report['rollouts']:,}")
+
+    def _variant(self, label: str, supervision: str, rollouts: str) -> Iterator[tuple[Any, ...]]:
+        """Train a verifier on supervision and try it."""
+        name = f"{KIND}-{supervision}"
+        trained = self.stages.run(f"train, {supervision}", lambda: self.experiment.train(KIND, name, supervision))
+        report = self.stages.run(
+            f"greedy, {supervision}", lambda: self.experiment.greedy(self.base.system1, name, self.beta)
+        )
+        for right in _right(report):
+            yield label, f"{trained['training_pairs']:,}", rollouts, *right
+
+    def operations(self, count: int) -> tuple[Any, ...]:
+        """What exploring costs with more operations, and what the recipe's verifier gains."""
+        number = max(10, self.scale.test // 4)
+        split = f"{count}-operations"
+        write_problems(
+            self.experiment.problems(split), islice(generate_workshop(f"{self.base.seed} {split}", count), number)
+        )
+        cost = self.stages.run(f"explore, {split}", lambda: self.experiment.explore(f"{split}-supervision", split))
+        report = self.stages.run(
+            f"greedy, {split}",
+            lambda: self.base.evaluate(
+                self.base.system1, KIND, f"ablations/{split}", f"ablations/greedy-{split}", beta=self.beta
+            ),
+        )
+        per_problem = (
+            f"{cost[name] / cost['problems']:.1f}" for name in ("explored_positions", "candidates", "rollouts")
+        )
+        return *per_problem, *next(_right(report))[:-1]
+
+    def grid(self) -> dict[str, Any]:
+        """Every alpha with every beta on the validation split."""
+        sweep = {"alpha": ALPHAS, "beta": BETAS}
+        return self.base.evaluate(self.base.system1, KIND, "validation", "ablations/grid", sweep=sweep)
+
+
+def _right(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """By beta: right plainly, beta, right with it, the gain and how likely it is by chance."""
+    plain = percent(find_arm(report, PLAIN)["metrics"][ACCURACY])
+    for arm in steered_arms(report):
+        comparison = find_comparison(report, arm["name"], PLAIN)
+        right, gain = percent(arm["metrics"][ACCURACY]), percent(comparison["difference"], "+")
+        yield plain, f"{arm['settings']['beta']:g}", right, gain, f"{comparison['p_value']:.1g}"
+
+
+def grid_rows(report: dict[str, Any]) -> Iterable[tuple[str, ...]]:
+    """A row per alpha, a column per beta."""
+    arms = {(arm["settings"]["alpha"], arm["settings"]["beta"]): arm for arm in steered_arms(report)}
+    for alpha in ALPHAS:
+        row = (arms[alpha, beta] for beta in BETAS)
+        cells = (f"{100 * arm['metrics'][ACCURACY]['mean']:.1f} ({100 * arm['ambiguous_share']:.1f} %)" for arm in row)
+        yield f"{alpha:g}", *cells
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.ablations", description=__doc__.splitlines()[0])
+    print(Ablations(parse_arguments(parser, arguments)).run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""`Experiment`: explore, train and compare, which every recipe does with a System 1 and its splits of problems."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llm2_fast
+from llm2_fast.datacheck import DataCheck
+from llm2_fast.evaluation.report import ACCURACY
+from llm2_fast.models.loading import load_model
+from llm2_fast.problems import load_problems
+from recipes.solutions import train_on_solutions
+from recipes.stages import Stages
+
+BETAS = (0.125, 0.25, 0.5, 1.0, 2.0)
+PAPER_BETA = 0.25
+CONTROL = "fine-tuned"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much of everything.
+
+    Attributes:
+        sampled: Test problems that are sampled.
+        samples: Of each.
+        max_new_tokens: Of an answer and of a continuation.
+        max_batch_size: Sequences decoded together.
+        exploration: Options of `llm2_fast.explore`.
+        verifiers: Options of `llm2_fast.train_verifier` by kind.
+        control: Epochs and learning rate of the control.
+    """
+
+    sampled: int
+    samples: int
+    max_new_tokens: int
+    max_batch_size: int
+    exploration: Mapping[str, Any]
+    verifiers: Mapping[str, Mapping[str, Any]]
+    control: Mapping[str, Any]
+
+
+class Experiment:
+    """One System 1, verifiers of every kind for it, and a control; every result is a stage.
+
+    Args:
+        stages: In whose directory everything lies: `train.jsonl`, `validation.jsonl` and `test.jsonl`.
+        system1: A model directory, or what else `llm2_fast.load` takes.
+        settings: How much of everything.
+        seed: Of everything.
+    """
+
+    def __init__(self, stages: Stages, system1: str | Path, settings: Settings, seed: int) -> None:
+        self.stages, self.system1, self.settings, self.seed = stages, system1, settings, seed
+        self.directory = stages.directory
+
+    def run(self) -> None:
+        """Everything; `recipes.report` makes tables of the results."""
+        run, kinds = self.stages.run, self.settings.verifiers
+        run("explore", self.explore)
+        for kind in kinds:
+            run(f"train {kind}", lambda kind=kind: self.train(kind))
+        run("control", self.fine_tune)
+        betas = {kind: choose_beta(run(f"betas, {kind}", lambda kind=kind: self.compare_betas(kind))) for kind in kinds}
+        for kind, beta in betas.items():
+            run(f"greedy, {kind}", lambda kind=kind, beta=beta: self.greedy(self.system1, kind, beta))
+        run("greedy, control", lambda: self.greedy(self.directory / CONTROL, None))
+        if "full" in kinds:
+            run("greedy, full on control", lambda: self.greedy(self.directory / CONTROL, "full", betas["full"]))
+        for kind, beta in betas.items():
+            run(f"sampled, {kind}", lambda kind=kind, beta=beta: self.sample(kind, beta))
+
+    def problems(self, split: str) -> Path:
+        """The file of a split."""
+        return self.directory / f"{split}.jsonl"
+
+    def explore(self, name: str = "supervision", split: str = "train", **options: Any) -> dict[str, float]:
+        """Supervision out of a split, and what it cost."""
+        report = llm2_fast.explore(
+            self.system1,
+            self.problems(split),
+            self.directory / name,
+            max_new_tokens=self.settings.max_new_tokens,
+            max_batch_size=self.settings.max_batch_size,
+            seed=self.seed,
+            **{**self.settings.exploration, **options},
+        )
+        return {**dataclasses.asdict(report), "tokens_per_second": report.tokens_per_second}
+
+    def train(self, kind: str, name: str | None = None, supervision: str = "supervision") -> dict[str, Any]:
+        """A verifier; its pairwise accuracy on the held-out tenth of the supervision."""
+        result = llm2_fast.train_verifier(
+            self.system1,
+            self.directory / supervision,
+            kind,
+            output_dir=self.directory / (name or kind),
+            resume=True,
+            seed=self.seed,
+            **self.settings.verifiers[kind],
+        )
+        return {"training_pairs": result.num_pairs, **dataclasses.asdict(result.heldout_plausible)}
+
+    def fine_tune(self) -> None:
+        """The control: System 1 learns the very solutions that the supervision stands on."""
+        loaded = load_model(self.system1, dtype="float32")
+        problems = load_problems(self.problems("train"))
+        output = self.directory / CONTROL
+        train_on_solutions(loaded.model, loaded.tokenizer, problems, output, seed=self.seed, **self.settings.control)
+
+    def compare_betas(self, verifier: str) -> dict[str, Any]:
+        """Greedy decoding of the validation split."""
+        options = {"sweep": {"beta": BETAS}, "beta": PAPER_BETA}
+        return self.evaluate(self.system1, verifier, "validation", f"validation-{verifier}", **options)
+
+    def greedy(self, model: str | Path, verifier: str | None, beta: float = PAPER_BETA) -> dict[str, Any]:
+        """Greedy decoding of the test split, plainly, with a beta and with the paper's."""
+        name = "-".join(["greedy", *([CONTROL] if model != self.system1 else []), *([verifier] if verifier else [])])
+        sweep = {"sweep": {"beta": [PAPER_BETA]}, "beta": beta} if verifier else {}
+        return self.evaluate(model, verifier, "test", name, **sweep)
+
+    def sample(self, verifier: str, beta: float) -> dict[str, Any]:
+        """Several samples of each of the first test problems."""
+        options = {"limit": self.settings.sampled, "n": self.settings.samples, "temperature": 1.0, "beta": beta}
+        return self.evaluate(self.system1, verifier, "test", f"sampled-{verifier}", **options)
+
+    def evaluate(
+        self,
+        model: str | Path,
+        verifier: str | None,
+        split: str,
+        name: str,
+        limit: int | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """`EvaluationReport.to_json` of a model with a verifier of this experiment, or of its plain decoding."""
+        engine = llm2_fast.load(
+            model, None if verifier is None else self.directory / verifier, max_batch_size=self.settings.max_batch_size
+        )
+        problems = load_problems(self.problems(split))[:limit]
+        options = {"max_new_tokens": self.settings.max_new_tokens, "seed": self.seed, **options}
+        return llm2_fast.evaluate(engine, problems, self.directory / name, **options).to_json()
+
+
+def choose_beta(report: Mapping[str, Any]) -> float:
+    """The one with the best answers, the smaller of equals."""
+    arms = [arm for arm in report["arms"] if arm["settings"]]
+    best = max(arms, key=lambda arm: (arm["metrics"][ACCURACY]["mean"], -arm["settings"]["beta"]))
+    return best["settings"]["beta"]
+
+
+def drop_contaminated(path: Path, test_paths: Sequence[Path]) -> None:
+    """Drop the lines of a file that share a question, or 13 words in a row, with one of the test files."""
+    check = DataCheck()
+    check.check([path], test_paths)
+    bad = {int(f.where.rpartition(":")[2]) for f in check.findings if f.kind == "contamination"}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(line for number, line in enumerate(lines, 1) if number not in bad), encoding="utf-8")
