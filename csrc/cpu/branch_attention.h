@@ -385,12 +385,32 @@ static Span visible_within(const BranchAttentionArgs& args, int64_t row, int64_t
   return {begin > 0 ? begin : 0, end < size ? end : size};
 }
 
+// What will most likely be attended to next: the chunk of a position.
+struct Upcoming {
+  int64_t kv_head;
+  int64_t position;
+};
+
+// First visible position of a part.
+template <typename T>
+static int64_t begin_of_part(const AttentionTile<T>& tile, int64_t part) {
+  const int64_t begin = part * kAttentionPart;
+  return tile.visible.begin > begin ? tile.visible.begin : begin;
+}
+
+// The same position of the next head, or of the last one itself.
+template <typename T>
+static Upcoming next_head(const AttentionTile<T>& tile, int64_t position) {
+  const bool last = tile.kv_head + 1 == tile.args.num_kv_heads;
+  return {last ? tile.kv_head : tile.kv_head + 1, position};
+}
+
 // Rows attend to what they see of a part of the prefix.
 template <typename T>
-static void attend_prefix_part(AttentionTile<T>& tile, int64_t part, const AttentionState& state) {
+static void attend_prefix_part(AttentionTile<T>& tile, int64_t part, const AttentionState& state, Upcoming upcoming) {
   const BranchAttentionArgs& args = tile.args;
-  const int64_t part_begin = part * kAttentionPart, part_end = part_begin + kAttentionPart;
-  int64_t begin = tile.visible.begin > part_begin ? tile.visible.begin : part_begin;
+  const int64_t part_end = (part + 1) * kAttentionPart;
+  int64_t begin = begin_of_part(tile, part);
   const int64_t end = tile.visible.end < part_end ? tile.visible.end : part_end;
   if (begin >= end) return;
   Chunk<T> chunks[2];
@@ -398,14 +418,9 @@ static void attend_prefix_part(AttentionTile<T>& tile, int64_t part, const Atten
   prefetch_chunk(chunks[0], args.head_dim);
   for (int64_t i = 0; begin < end; i = 1 - i) {
     const Chunk<T>&chunk = chunks[i], &next = chunks[1 - i];
-    const int64_t next_begin = chunk.origin + chunk.span.end;
-    if (next_begin < end) {
-      locate(tile, tile.kv_head, next_begin, end, &chunks[1 - i]);
-    } else {  // most likely the next head's turn
-      const int64_t next_head = tile.kv_head + 1 < args.num_kv_heads ? tile.kv_head + 1 : tile.kv_head;
-      locate(tile, next_head, tile.visible.begin, tile.visible.end, &chunks[1 - i]);
-    }
-    begin = next_begin;
+    begin = chunk.origin + chunk.span.end;
+    const Upcoming ahead = begin < end ? Upcoming{tile.kv_head, begin} : upcoming;
+    locate(tile, ahead.kv_head, ahead.position, tile.visible.end, &chunks[1 - i]);
     transpose_keys(chunk.keys, next.keys, chunk.span, args.head_dim, tile.keys);
     Values<T> values = {chunk.values, next.values};
     for (int64_t row = tile.rows.begin; row < tile.rows.end; ++row) {
@@ -497,7 +512,10 @@ static void attend_rows(const BranchAttentionArgs& args, RowRange rows, RowRange
       clear(tile, tile.total);
       for (int64_t part = tile.visible.begin / kAttentionPart; part * kAttentionPart < tile.visible.end; ++part) {
         clear(tile, tile.part);
-        attend_prefix_part(tile, part, tile.part);
+        const int64_t next_part = (part + 1) * kAttentionPart;
+        const Upcoming upcoming =
+            next_part < tile.visible.end ? Upcoming{tile.kv_head, next_part} : next_head(tile, tile.visible.begin);
+        attend_prefix_part(tile, part, tile.part, upcoming);
         merge_part(tile, part, tile.part);
       }
       attend_own(tile);
@@ -526,7 +544,11 @@ static void attend_part_of(const BranchAttentionArgs& args, RowRange rows, int64
   AttentionTile<T> tile = tile_of<T>(args, rows, kv_head, workspace);
   const AttentionState state = state_in(args, floats);
   clear(tile, state);
-  attend_prefix_part(tile, part, state);
+  // Threads take the heads of a part, then those of the next one.
+  const int64_t next_part = (part + 1) * kAttentionPart;
+  const bool last = kv_head + 1 == args.num_kv_heads && next_part < tile.visible.end;
+  const Upcoming upcoming = last ? Upcoming{0, next_part} : next_head(tile, begin_of_part(tile, part));
+  attend_prefix_part(tile, part, state, upcoming);
 }
 
 static void attend_part(const BranchAttentionArgs& args, RowRange rows, int64_t kv_head, int64_t part, float* state,
