@@ -288,6 +288,18 @@ def test_bits_depend_neither_on_the_batch_nor_on_threads(kind, dtype, quantizati
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_of_lora_do_not_depend_on_whether_the_twins_run_first(dtype):
+    # 8 candidates: of one sequence they are one pass with their twins, of three the LLM runs for the chosen ones alone.
+    model, verifier, _ = vars(case("llama", "lora")).values()
+    if dtype == torch.bfloat16:
+        model = tiny.causal_lm("llama").to(dtype)
+    options = {"alpha": 0.0, "candidate_top_k": 8, "trace": True}
+    together, alone = (generate("cpu", model, verifier, max_batch_size=size, **options) for size in (3, 1))
+    assert all(result.stats.candidate_histogram == {8: 10} for result in alone)
+    assert everything(together) == everything(alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [None, "head"])  # the LLM's cache with lora and full is that of plain decoding
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cache_is_bitwise_that_of_a_fresh_prefill(kind, family, dtype):

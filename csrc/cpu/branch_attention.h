@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "multiply_add.h"
 #include "vector_math.h"
 
 namespace llm2_fast {
@@ -21,14 +22,32 @@ constexpr int64_t kChunk = 64;
 static_assert(kAttentionPart % kChunk == 0, "a part consists of whole chunks");
 constexpr int kBlockVecs = 4;  // vectors per head that are accumulated in registers
 
+// A multiple of the elements that a vector of operands holds.
 static int64_t padded_head_dim(const BranchAttentionArgs& args) {
-  return (args.head_dim + kLanes - 1) / kLanes * kLanes;
+  constexpr int64_t kElements = int64_t{kLanes} * MultiplyAdd<BFloat16>::kDepth;
+  return (args.head_dim + kElements - 1) / kElements * kElements;
 }
 
 // Positions [begin, end), of a prefix or of a chunk.
 struct Span {
   int64_t begin;
   int64_t end;
+};
+
+// Where some positions of a prefix lie that are in one chunk.
+template <typename T>
+struct Chunk {
+  int64_t origin;         // position of its beginning, a multiple of kChunk
+  Span span;              // relative to it
+  const T* keys[kChunk];  // of `span`, and elsewhere of one of its positions
+  const T* values[kChunk];
+};
+
+// Values of a chunk and of the one after it, to be asked for, or null; [kChunk] each.
+template <typename T>
+struct Values {
+  const T* const* current;
+  const T* const* next;
 };
 
 // Softmax state per query head of a tile.
@@ -42,18 +61,20 @@ struct AttentionState {
 // numbered row by row.
 template <typename T>
 struct AttentionTile {
+  using Element = typename MultiplyAdd<T>::Element;
+
   const BranchAttentionArgs& args;
   RowRange rows;
   Span visible;  // prefix positions that some row sees
   int64_t kv_head;
   int64_t group;  // query heads per key/value head
 
-  float* queries;           // [kAttentionTileRows * group, head_dim]
-  AttentionState total;     // of the parts merged so far
-  AttentionState part;      // of the current part
-  float* keys;              // [head_dim, kChunk], of the current chunk
-  float* weights;           // [kHeadsAtOnce, kChunk]
-  const T* values[kChunk];  // of the current chunk
+  Element* queries;      // [kAttentionTileRows * group, padded head_dim], zeros in the padding
+  AttentionState total;  // of the parts merged so far
+  AttentionState part;   // of the current part
+  Element* keys;         // [padded head_dim / kDepth, kChunk, kDepth], of the current chunk
+  float* weights;        // [kHeadsAtOnce, kChunk]
+  bool own;              // the current chunk is a row's own position, `keys` its key [padded head_dim]
 };
 
 static int64_t attention_state_size(const BranchAttentionArgs& args) {
@@ -62,8 +83,8 @@ static int64_t attention_state_size(const BranchAttentionArgs& args) {
 
 static int64_t branch_attention_workspace(const BranchAttentionArgs& args) {
   const int64_t queries = kAttentionTileRows * (args.num_heads / args.num_kv_heads);
-  const int64_t floats =
-      queries * args.head_dim + 2 * attention_state_size(args) + (args.head_dim + kHeadsAtOnce) * kChunk;
+  const int64_t dim = padded_head_dim(args);
+  const int64_t floats = queries * dim + 2 * attention_state_size(args) + (dim + kHeadsAtOnce) * kChunk;
   return floats * static_cast<int64_t>(sizeof(float));
 }
 
@@ -75,6 +96,7 @@ static AttentionState state_in(const BranchAttentionArgs& args, float* floats) {
 
 template <typename T>
 static AttentionTile<T> make_tile(const BranchAttentionArgs& args, void* workspace) {
+  using Element = typename AttentionTile<T>::Element;
   const int64_t group = args.num_heads / args.num_kv_heads;
   float* floats = static_cast<float*>(workspace);
   const auto take = [&](int64_t count) {
@@ -87,52 +109,106 @@ static AttentionTile<T> make_tile(const BranchAttentionArgs& args, void* workspa
           {0, 0},
           0,
           group,
-          take(kAttentionTileRows * group * args.head_dim),
+          reinterpret_cast<Element*>(take(kAttentionTileRows * group * padded_head_dim(args))),
           state_in(args, take(attention_state_size(args))),
           state_in(args, take(attention_state_size(args))),
-          take(args.head_dim * kChunk),
+          reinterpret_cast<Element*>(take(padded_head_dim(args) * kChunk)),
           take(kHeadsAtOnce * kChunk),
-          {}};
+          false};
 }
 
+// Copies the vector of one head, padded with zeros.
 template <typename T>
-static void transpose_keys(const T* const* keys, Span span, int64_t head_dim, float* transposed) {
+static void copy_head(const T* head, int64_t head_dim, typename MultiplyAdd<T>::Element* output) {
+  constexpr int64_t kElements = int64_t{kLanes} * MultiplyAdd<T>::kDepth;
+  for (int64_t d = 0; d < head_dim; d += kElements) {
+    const int64_t rest = head_dim - d;
+    float* vector = reinterpret_cast<float*>(output + d);
+    store(vector, rest >= kElements ? MultiplyAdd<T>::elements(head + d)
+                                    : MultiplyAdd<T>::elements(head + d, static_cast<int>(rest)));
+  }
+}
+
+// Transposes the keys of a chunk and asks for those of the chunk after it.
+template <typename T>
+static void transpose_keys(const T* const* keys, const T* const* next_keys, Span span, int64_t head_dim,
+                           typename MultiplyAdd<T>::Element* transposed) {
+  constexpr int64_t kDepth = MultiplyAdd<T>::kDepth, kElements = kLanes * kDepth;
   for (int64_t first = span.begin / kLanes * kLanes; first < span.end; first += kLanes) {
-    for (int64_t d = 0; d < head_dim; d += kLanes) {
-      const int64_t width = head_dim - d < kLanes ? head_dim - d : kLanes;
+    const bool whole = first >= span.begin && first + kLanes <= span.end;
+    for (int64_t d = 0; d < head_dim; d += kElements) {
+      const int64_t width = head_dim - d < kElements ? head_dim - d : kElements;
       Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t t = first + i;
-        if (t < span.begin || t >= span.end) {
-          block[i] = set1(0.0f);
-        } else {
-          block[i] = width == kLanes ? load(keys[t] + d) : load_partial(keys[t] + d, static_cast<int>(width), 0.0f);
+      if (whole && width == kElements) {
+        for (int i = 0; i < kLanes; ++i) {
+          block[i] = MultiplyAdd<T>::elements(keys[first + i] + d);
+          prefetch(next_keys[first + i] + d);
+        }
+      } else {
+        for (int i = 0; i < kLanes; ++i) {
+          const int64_t t = first + i;
+          const bool visible = t >= span.begin && t < span.end;
+          block[i] = !visible             ? set1(0.0f)
+                     : width == kElements ? MultiplyAdd<T>::elements(keys[t] + d)
+                                          : MultiplyAdd<T>::elements(keys[t] + d, static_cast<int>(width));
+          if (visible) prefetch(next_keys[t] + d);
         }
       }
       transpose(block);
-      for (int64_t i = 0; i < width; ++i) store(transposed + (d + i) * kChunk + first, block[i]);
+      for (int64_t i = 0; i * kDepth < width; ++i) {
+        store(reinterpret_cast<float*>(transposed + (d + i * kDepth) * kChunk + first * kDepth), block[i]);
+      }
     }
   }
 }
 
 // scores[h][t] = scale * (query h . key t) for kVecs vectors of positions. `keys` and `scores` point at the first.
-template <int kHeads, int kVecs>
-static void dot_products(const float* queries, const float* keys, int64_t head_dim, float scale, float* scores) {
+template <typename Element, int kHeads, int kVecs>
+static void dot_products(const Element* queries, int64_t stride, const Element* keys, int64_t head_dim, float scale,
+                         float* scores) {
+  using Product = MultiplyAdd<Element>;
   Vec dot[kHeads][kVecs];
   for (int h = 0; h < kHeads; ++h) {
     for (int v = 0; v < kVecs; ++v) dot[h][v] = set1(0.0f);
   }
-  for (int64_t d = 0; d < head_dim; ++d) {
-    Vec key[kVecs];
-    for (int v = 0; v < kVecs; ++v) key[v] = load(keys + d * kChunk + v * kLanes);
+  for (int64_t d = 0; d < head_dim; d += Product::kDepth) {
+    typename Product::Operand key[kVecs];
+    for (int v = 0; v < kVecs; ++v) key[v] = Product::strip(keys + d * kChunk + v * kLanes * Product::kDepth);
     for (int h = 0; h < kHeads; ++h) {
-      const Vec query = set1(queries[h * head_dim + d]);
-      for (int v = 0; v < kVecs; ++v) dot[h][v] = fma(query, key[v], dot[h][v]);
+      const typename Product::Operand query = Product::inputs(queries + h * stride + d);
+      for (int v = 0; v < kVecs; ++v) dot[h][v] = Product::apply(key[v], query, dot[h][v]);
     }
   }
   for (int h = 0; h < kHeads; ++h) {
     for (int v = 0; v < kVecs; ++v) store(scores + h * kChunk + v * kLanes, mul(dot[h][v], set1(scale)));
   }
+}
+
+// The same for min(vecs, kVecs) vectors.
+template <typename Element, int kHeads, int kVecs = kBlockVecs>
+static void dot_products_of(const Element* queries, int64_t stride, const Element* keys, int64_t head_dim, float scale,
+                            float* scores, int64_t vecs) {
+  if (vecs >= kVecs) {
+    dot_products<Element, kHeads, kVecs>(queries, stride, keys, head_dim, scale, scores);
+  } else if constexpr (kVecs > 1) {
+    dot_products_of<Element, kHeads, kVecs - 1>(queries, stride, keys, head_dim, scale, scores, vecs);
+  }
+}
+
+// The same for one key, of which every lane gets the score.
+template <typename Element, int kHeads>
+static void dot_products_of_one(const Element* queries, int64_t stride, const Element* key, int64_t head_dim,
+                                float scale, float* scores) {
+  using Product = MultiplyAdd<Element>;
+  Vec dot[kHeads];
+  for (int h = 0; h < kHeads; ++h) dot[h] = set1(0.0f);
+  for (int64_t d = 0; d < head_dim; d += Product::kDepth) {
+    const typename Product::Operand operand = Product::inputs(key + d);
+    for (int h = 0; h < kHeads; ++h) {
+      dot[h] = Product::apply(operand, Product::inputs(queries + h * stride + d), dot[h]);
+    }
+  }
+  for (int h = 0; h < kHeads; ++h) store(scores + h * kChunk, mul(dot[h], set1(scale)));
 }
 
 // Turns the scores of one head into weights relative to the new maximum, and updates maximum and sum. Returns the
@@ -160,8 +236,8 @@ static float softmax_update(float* scores, Span span, float* running_max, float*
 // accumulated[h][d] = accumulated[h][d] * factor[h] + sum over t of weights[h][t] * values[t][d] for kVecs vectors of
 // d, of which `width` elements exist.
 template <typename T, int kHeads, int kVecs>
-static void add_values(const T* const* values, Span span, int64_t d, int64_t width, const float* weights,
-                       const float* factor, float* accumulated, int64_t stride) {
+static void add_values(Values<T> values, Span span, int64_t d, int64_t width, const float* weights, const float* factor,
+                       float* accumulated, int64_t stride) {
   Vec total[kHeads][kVecs];
   for (int h = 0; h < kHeads; ++h) {
     for (int v = 0; v < kVecs; ++v) {
@@ -171,9 +247,12 @@ static void add_values(const T* const* values, Span span, int64_t d, int64_t wid
   for (int64_t t = span.begin; t < span.end; ++t) {
     Vec value[kVecs];
     if (width == kVecs * kLanes) {
-      for (int v = 0; v < kVecs; ++v) value[v] = load(values[t] + d + v * kLanes);
+      for (int v = 0; v < kVecs; ++v) value[v] = load(values.current[t] + d + v * kLanes);
     } else {
-      value[0] = load_partial(values[t] + d, static_cast<int>(width), 0.0f);  // only with kVecs = 1
+      value[0] = load_partial(values.current[t] + d, static_cast<int>(width), 0.0f);  // only with kVecs = 1
+    }
+    if (values.next != nullptr) {
+      for (int64_t line = 0; line < width; line += kCacheLine / int64_t{sizeof(T)}) prefetch(values.next[t] + d + line);
     }
     for (int h = 0; h < kHeads; ++h) {
       const Vec weight = set1(weights[h * kChunk + t]);
@@ -185,42 +264,56 @@ static void add_values(const T* const* values, Span span, int64_t d, int64_t wid
   }
 }
 
-// kHeads query heads from `query` on attend to `span` of the current chunk.
+// Scores of `span` of the current chunk.
 template <typename T, int kHeads>
-static void attend_heads(const AttentionTile<T>& tile, const AttentionState& state, int64_t query, Span span) {
-  const int64_t head_dim = tile.args.head_dim;
-  const float* queries = tile.queries + query * head_dim;
-  int64_t t = span.begin / kLanes * kLanes;
-  for (; t + kBlockVecs * kLanes <= kChunk && t < span.end; t += kBlockVecs * kLanes) {
-    dot_products<kHeads, kBlockVecs>(queries, tile.keys + t, head_dim, tile.args.scale, tile.weights + t);
+static void score_heads(const AttentionTile<T>& tile, int64_t query, Span span) {
+  using Element = typename AttentionTile<T>::Element;
+  const int64_t head_dim = tile.args.head_dim, stride = padded_head_dim(tile.args);
+  const Element* queries = tile.queries + query * stride;
+  const auto key = [&](int64_t t) { return tile.keys + t * MultiplyAdd<T>::kDepth; };
+  if (tile.own) {
+    dot_products_of_one<Element, kHeads>(queries, stride, tile.keys, head_dim, tile.args.scale, tile.weights);
+    return;
   }
-  for (; t < span.end; t += kLanes) {
-    dot_products<kHeads, 1>(queries, tile.keys + t, head_dim, tile.args.scale, tile.weights + t);
+  const int64_t begin = span.begin / kLanes * kLanes;
+  for (int64_t t = begin; t < span.end; t += kBlockVecs * kLanes) {
+    const int64_t vecs = (span.end - t + kLanes - 1) / kLanes;
+    dot_products_of<Element, kHeads>(queries, stride, key(t), head_dim, tile.args.scale, tile.weights + t, vecs);
   }
+}
 
+// kHeads query heads from `query` on attend to `span` of the current chunk, whose values are given.
+template <typename T, int kHeads>
+static void attend_heads(const AttentionTile<T>& tile, const AttentionState& state, int64_t query, Values<T> values,
+                         Span span) {
+  score_heads<T, kHeads>(tile, query, span);
   float factor[kHeads];
   for (int h = 0; h < kHeads; ++h) {
     factor[h] = softmax_update(tile.weights + h * kChunk, span, state.max + query + h, state.sum + query + h);
   }
 
-  const int64_t stride = padded_head_dim(tile.args);
+  const int64_t head_dim = tile.args.head_dim, stride = padded_head_dim(tile.args);
   float* accumulated = state.accumulated + query * stride;
   int64_t d = 0;
   for (constexpr int64_t kStep = kBlockVecs * kLanes; d + kStep <= head_dim; d += kStep) {
-    add_values<T, kHeads, kBlockVecs>(tile.values, span, d, kStep, tile.weights, factor, accumulated, stride);
+    add_values<T, kHeads, kBlockVecs>(values, span, d, kStep, tile.weights, factor, accumulated, stride);
   }
   for (; d < head_dim; d += kLanes) {
     const int64_t width = head_dim - d < kLanes ? head_dim - d : kLanes;
-    add_values<T, kHeads, 1>(tile.values, span, d, width, tile.weights, factor, accumulated, stride);
+    add_values<T, kHeads, 1>(values, span, d, width, tile.weights, factor, accumulated, stride);
   }
 }
 
 // `heads` query heads from `query` on, as many at once as fit the registers.
 template <typename T, int kHeads = kHeadsAtOnce>
-static void attend(const AttentionTile<T>& tile, const AttentionState& state, int64_t query, int64_t heads, Span span) {
-  for (; heads >= kHeads; heads -= kHeads, query += kHeads) attend_heads<T, kHeads>(tile, state, query, span);
+static void attend(const AttentionTile<T>& tile, const AttentionState& state, int64_t query, int64_t heads,
+                   Values<T> values, Span span) {
+  for (; heads >= kHeads; heads -= kHeads, query += kHeads) {
+    attend_heads<T, kHeads>(tile, state, query, values, span);
+    values.next = nullptr;
+  }
   if constexpr (kHeads > 1) {
-    if (heads > 0) attend<T, kHeads - 1>(tile, state, query, heads, span);
+    if (heads > 0) attend<T, kHeads - 1>(tile, state, query, heads, values, span);
   }
 }
 
@@ -231,7 +324,7 @@ static void load_queries(AttentionTile<T>& tile) {
   for (int64_t i = 0; i < heads; ++i) {
     const T* query = static_cast<const T*>(args.query) + (tile.rows.begin + i / tile.group) * args.query_row_stride +
                      (tile.kv_head * tile.group + i % tile.group) * args.query_head_stride;
-    for (int64_t d = 0; d < args.head_dim; ++d) tile.queries[i * args.head_dim + d] = to_float(query[d]);
+    copy_head(query, args.head_dim, tile.queries + i * padded_head_dim(args));
   }
 }
 
@@ -247,38 +340,43 @@ static void clear(const AttentionTile<T>& tile, const AttentionState& state) {
   for (int64_t i = 0; i < size; ++i) state.accumulated[i] = 0.0f;
 }
 
-// Makes the positions `span` of the chunk that begins at `origin` the current chunk.
+// Finds the positions [begin, end) of the prefix, as many as are in the chunk of the first one.
 template <typename T>
-static void load_prefix_chunk(AttentionTile<T>& tile, int64_t origin, Span span) {
+static void locate(const AttentionTile<T>& tile, int64_t kv_head, int64_t begin, int64_t end, Chunk<T>* chunk) {
   const BranchAttentionArgs& args = tile.args;
   const int32_t* blocks = args.block_table + args.row_sequence[tile.rows.begin] * args.block_table_row_stride;
-  const T* keys[kChunk];
-  for (int64_t t = span.begin; t < span.end;) {
-    const int64_t block = (origin + t) / args.block_size;
+  const int64_t origin = begin / kChunk * kChunk;
+  end = end < origin + kChunk ? end : origin + kChunk;
+  chunk->origin = origin;
+  chunk->span = {begin - origin, end - origin};
+  for (int64_t position = begin; position < end;) {
+    const int64_t block = position / args.block_size, block_end = (block + 1) * args.block_size;
     const int64_t id = blocks[block];
-    const T* key =
-        static_cast<const T*>(args.key_cache) + id * args.key_block_stride + tile.kv_head * args.key_head_stride;
+    const T* key = static_cast<const T*>(args.key_cache) + id * args.key_block_stride + kv_head * args.key_head_stride;
     const T* value =
-        static_cast<const T*>(args.value_cache) + id * args.value_block_stride + tile.kv_head * args.value_head_stride;
-    const int64_t block_end = (block + 1) * args.block_size - origin;
-    for (const int64_t end = block_end < span.end ? block_end : span.end; t < end; ++t) {
-      const int64_t offset = origin + t - block * args.block_size;
-      keys[t] = key + offset * args.key_position_stride;
-      tile.values[t] = value + offset * args.value_position_stride;
+        static_cast<const T*>(args.value_cache) + id * args.value_block_stride + kv_head * args.value_head_stride;
+    for (; position < end && position < block_end; ++position) {
+      const int64_t offset = position - block * args.block_size;
+      chunk->keys[position - origin] = key + offset * args.key_position_stride;
+      chunk->values[position - origin] = value + offset * args.value_position_stride;
     }
   }
-  transpose_keys(keys, span, args.head_dim, tile.keys);
+  for (int64_t t = 0; t < kChunk; ++t) {
+    if (t >= chunk->span.begin && t < chunk->span.end) continue;
+    chunk->keys[t] = chunk->keys[chunk->span.begin];
+    chunk->values[t] = chunk->values[chunk->span.begin];
+  }
 }
 
-// Makes the own key and value of `row` the current chunk.
+// Asks for all of a chunk at once.
 template <typename T>
-static void load_own_chunk(AttentionTile<T>& tile, int64_t row) {
-  const BranchAttentionArgs& args = tile.args;
-  const T* key =
-      static_cast<const T*>(args.own_key) + row * args.own_key_row_stride + tile.kv_head * args.own_key_head_stride;
-  tile.values[0] = static_cast<const T*>(args.own_value) + row * args.own_value_row_stride +
-                   tile.kv_head * args.own_value_head_stride;
-  transpose_keys(&key, {0, 1}, args.head_dim, tile.keys);
+static void prefetch_chunk(const Chunk<T>& chunk, int64_t head_dim) {
+  for (int64_t t = chunk.span.begin; t < chunk.span.end; ++t) {
+    for (int64_t d = 0; d < head_dim; d += kCacheLine / int64_t{sizeof(T)}) {
+      prefetch(chunk.keys[t] + d);
+      prefetch(chunk.values[t] + d);
+    }
+  }
 }
 
 // The positions that a row sees in the part that begins at `origin`, relative to it.
@@ -287,19 +385,49 @@ static Span visible_within(const BranchAttentionArgs& args, int64_t row, int64_t
   return {begin > 0 ? begin : 0, end < size ? end : size};
 }
 
+// What will most likely be attended to next: the chunk of a position.
+struct Upcoming {
+  int64_t kv_head;
+  int64_t position;
+};
+
+// First visible position of a part.
+template <typename T>
+static int64_t begin_of_part(const AttentionTile<T>& tile, int64_t part) {
+  const int64_t begin = part * kAttentionPart;
+  return tile.visible.begin > begin ? tile.visible.begin : begin;
+}
+
+// The same position of the next head, or of the last one itself.
+template <typename T>
+static Upcoming next_head(const AttentionTile<T>& tile, int64_t position) {
+  const bool last = tile.kv_head + 1 == tile.args.num_kv_heads;
+  return {last ? tile.kv_head : tile.kv_head + 1, position};
+}
+
 // Rows attend to what they see of a part of the prefix.
 template <typename T>
-static void attend_prefix_part(AttentionTile<T>& tile, int64_t part, const AttentionState& state) {
+static void attend_prefix_part(AttentionTile<T>& tile, int64_t part, const AttentionState& state, Upcoming upcoming) {
   const BranchAttentionArgs& args = tile.args;
-  const int64_t part_begin = part * kAttentionPart, part_end = part_begin + kAttentionPart;
-  const int64_t begin = tile.visible.begin > part_begin ? tile.visible.begin : part_begin;
+  const int64_t part_end = (part + 1) * kAttentionPart;
+  int64_t begin = begin_of_part(tile, part);
   const int64_t end = tile.visible.end < part_end ? tile.visible.end : part_end;
-  for (int64_t origin = begin / kChunk * kChunk; origin < end; origin += kChunk) {
-    load_prefix_chunk(tile, origin,
-                      {begin > origin ? begin - origin : 0, end < origin + kChunk ? end - origin : kChunk});
+  if (begin >= end) return;
+  Chunk<T> chunks[2];
+  locate(tile, tile.kv_head, begin, end, &chunks[0]);
+  prefetch_chunk(chunks[0], args.head_dim);
+  for (int64_t i = 0; begin < end; i = 1 - i) {
+    const Chunk<T>&chunk = chunks[i], &next = chunks[1 - i];
+    begin = chunk.origin + chunk.span.end;
+    const Upcoming ahead = begin < end ? Upcoming{tile.kv_head, begin} : upcoming;
+    locate(tile, ahead.kv_head, ahead.position, tile.visible.end, &chunks[1 - i]);
+    transpose_keys(chunk.keys, next.keys, chunk.span, args.head_dim, tile.keys);
+    Values<T> values = {chunk.values, next.values};
     for (int64_t row = tile.rows.begin; row < tile.rows.end; ++row) {
-      const Span visible = visible_within(args, row, origin, kChunk);
-      if (visible.begin < visible.end) attend(tile, state, (row - tile.rows.begin) * tile.group, tile.group, visible);
+      const Span visible = visible_within(args, row, chunk.origin, kChunk);
+      if (visible.begin >= visible.end) continue;
+      attend(tile, state, (row - tile.rows.begin) * tile.group, tile.group, values, visible);
+      values.next = nullptr;  // asked for
     }
   }
 }
@@ -328,11 +456,17 @@ static void merge_part(const AttentionTile<T>& tile, int64_t part, const Attenti
 
 template <typename T>
 static void attend_own(AttentionTile<T>& tile) {
+  const BranchAttentionArgs& args = tile.args;
+  tile.own = true;
   for (int64_t row = tile.rows.begin; row < tile.rows.end; ++row) {
-    if (!tile.args.row_has_own[row]) continue;
-    load_own_chunk(tile, row);
-    attend(tile, tile.total, (row - tile.rows.begin) * tile.group, tile.group, {0, 1});
+    if (!args.row_has_own[row]) continue;
+    const int64_t key = row * args.own_key_row_stride + tile.kv_head * args.own_key_head_stride;
+    const T* value = static_cast<const T*>(args.own_value) + row * args.own_value_row_stride +
+                     tile.kv_head * args.own_value_head_stride;
+    copy_head(static_cast<const T*>(args.own_key) + key, args.head_dim, tile.keys);
+    attend(tile, tile.total, (row - tile.rows.begin) * tile.group, tile.group, {&value, nullptr}, {0, 1});
   }
+  tile.own = false;
 }
 
 template <typename T>
@@ -343,11 +477,10 @@ static void write_output(const AttentionTile<T>& tile) {
     for (int64_t head = 0; head < tile.group; ++head) {
       const int64_t i = (row - tile.rows.begin) * tile.group + head;
       const float* accumulated = tile.total.accumulated + i * padded_head_dim(args);
+      const float scale = sees_nothing ? 0.0f : 1.0f / tile.total.sum[i];
       T* output =
           static_cast<T*>(args.output) + (row * args.num_heads + tile.kv_head * tile.group + head) * args.head_dim;
-      for (int64_t d = 0; d < args.head_dim; ++d) {
-        from_float(sees_nothing ? 0.0f : accumulated[d] / tile.total.sum[i], output + d);
-      }
+      for (int64_t d = 0; d < args.head_dim; ++d) from_float(accumulated[d] * scale, output + d);
     }
   }
 }
@@ -379,7 +512,10 @@ static void attend_rows(const BranchAttentionArgs& args, RowRange rows, RowRange
       clear(tile, tile.total);
       for (int64_t part = tile.visible.begin / kAttentionPart; part * kAttentionPart < tile.visible.end; ++part) {
         clear(tile, tile.part);
-        attend_prefix_part(tile, part, tile.part);
+        const int64_t next_part = (part + 1) * kAttentionPart;
+        const Upcoming upcoming =
+            next_part < tile.visible.end ? Upcoming{tile.kv_head, next_part} : next_head(tile, tile.visible.begin);
+        attend_prefix_part(tile, part, tile.part, upcoming);
         merge_part(tile, part, tile.part);
       }
       attend_own(tile);
@@ -408,7 +544,11 @@ static void attend_part_of(const BranchAttentionArgs& args, RowRange rows, int64
   AttentionTile<T> tile = tile_of<T>(args, rows, kv_head, workspace);
   const AttentionState state = state_in(args, floats);
   clear(tile, state);
-  attend_prefix_part(tile, part, state);
+  // Threads take the heads of a part, then those of the next one.
+  const int64_t next_part = (part + 1) * kAttentionPart;
+  const bool last = kv_head + 1 == args.num_kv_heads && next_part < tile.visible.end;
+  const Upcoming upcoming = last ? Upcoming{0, next_part} : next_head(tile, begin_of_part(tile, part));
+  attend_prefix_part(tile, part, state, upcoming);
 }
 
 static void attend_part(const BranchAttentionArgs& args, RowRange rows, int64_t kv_head, int64_t part, float* state,

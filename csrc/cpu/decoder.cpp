@@ -46,11 +46,16 @@ float rounded(float value, DType dtype) {
 // worker waits.
 class Prefetch {
  public:
+  // Of `linear`, or nothing for null.
   Prefetch(const PackedLinear* linear, const Worker& worker) {
+    if (linear != nullptr) begin(*linear, worker);
+  }
+
+  // Of what a pass reads first of `linear`: its update's A, if that is `updated` and a share of it is this worker's.
+  Prefetch(const AdaptedLinear* linear, bool updated, const Worker& worker) {
     if (linear == nullptr) return;
-    const RowRange panels = worker.share(linear->num_panels());
-    next_ = static_cast<const char*>(linear->panels().packed) + panels.begin * linear->panel_bytes();
-    end_ = next_ + std::min(kPrefetchedBytes, (panels.end - panels.begin) * linear->panel_bytes());
+    if (updated && linear->lora_a) begin(*linear->lora_a, worker);
+    if (next_ == end_) begin(*linear->weight, worker);
   }
 
   // False once all is asked for.
@@ -61,6 +66,12 @@ class Prefetch {
   }
 
  private:
+  void begin(const PackedLinear& linear, const Worker& worker) {
+    const RowRange panels = worker.share(linear.num_panels());
+    next_ = static_cast<const char*>(linear.panels().packed) + panels.begin * linear.panel_bytes();
+    end_ = next_ + std::min(kPrefetchedBytes, (panels.end - panels.begin) * linear.panel_bytes());
+  }
+
   const char* next_ = nullptr;
   const char* end_ = nullptr;
 };
@@ -202,14 +213,15 @@ class Decoder::Pass {
   void normalize(const std::vector<float>& weight, int64_t row, const AlignedBuffer& output) const;
   template <typename Input>
   void apply(const AdaptedLinear& linear, Input&& input, int64_t input_stride, Epilogue epilogue, void* output,
-             int64_t output_stride, const PackedLinear* next, Worker& worker) const;
+             int64_t output_stride, const AdaptedLinear* next, Worker& worker) const;
   template <typename Input>
   void add_to_residual(const AdaptedLinear& linear, Input&& input, int64_t input_stride, const std::vector<float>& norm,
-                       const PackedLinear* next, Worker& worker) const;
+                       const AdaptedLinear* next, Worker& worker) const;
   void add_projected(const std::vector<float>& norm, int64_t row) const;
   void rope_and_store(int64_t index, RowRange rows, RowRange kv_heads, Worker& worker) const;
-  void attend(int64_t index, const PackedLinear* next, Worker& worker) const;
-  void attend_in_parts(int64_t index, const PackedLinear* next, Worker& worker) const;
+  void attend(int64_t index, const AdaptedLinear* next, Worker& worker) const;
+  void attend_in_parts(int64_t index, const AdaptedLinear* next, Worker& worker) const;
+  bool has_adapted() const { return rows_.first_adapted < rows_.count; }
   bool head_reads(int64_t layer) const;
   void capture(int64_t layer, int64_t row) const;
   void capture_final(int64_t row) const;
@@ -355,16 +367,15 @@ void Decoder::Pass::run_layer(int64_t index, Worker& worker) const {
   const int64_t q_size = spec_.num_heads * spec_.head_dim, kv_size = spec_.num_kv_heads * spec_.head_dim;
   const int64_t hidden = spec_.hidden_size;
   const bool last = index + 1 == static_cast<int64_t>(weights_.layers.size());
-  const PackedLinear* next_qkv = last ? nullptr : weights_.layers[static_cast<size_t>(index + 1)].qkv.weight.get();
+  const AdaptedLinear* next_qkv = last ? nullptr : &weights_.layers[static_cast<size_t>(index + 1)].qkv;
   const Epilogue activation = spec_.activation == Activation::kSilu ? Epilogue::kSiluMul : Epilogue::kGeluTanhMul;
   apply(layer.qkv, Normed(*this, layer.input_norm, worker), hidden, Epilogue::kStoreFloat, work_.qkv.data(),
-        q_size + 2 * kv_size, layer.o.weight.get(), worker);
-  attend(index, layer.o.weight.get(), worker);
+        q_size + 2 * kv_size, &layer.o, worker);
+  attend(index, &layer.o, worker);
   add_to_residual(
-      layer.o, [&] { return work_.attended.data(); }, q_size, layer.attention_output_norm, layer.gate_up.weight.get(),
-      worker);
+      layer.o, [&] { return work_.attended.data(); }, q_size, layer.attention_output_norm, &layer.gate_up, worker);
   apply(layer.gate_up, Normed(*this, layer.mlp_input_norm, worker), hidden, activation, work_.gated.data(),
-        work_.gated_stride, layer.down.weight.get(), worker);
+        work_.gated_stride, &layer.down, worker);
   add_to_residual(
       layer.down, [&] { return work_.gated.data(); }, work_.gated_stride, layer.mlp_output_norm, next_qkv, worker);
   if (head_reads(index)) each_row(worker, [&](int64_t row) { capture(index, row); });
@@ -385,22 +396,23 @@ void Decoder::Pass::normalize(const std::vector<float>& weight, int64_t row, con
 
 template <typename Input>
 void Decoder::Pass::apply(const AdaptedLinear& linear, Input&& input, int64_t input_stride, Epilogue epilogue,
-                          void* output, int64_t output_stride, const PackedLinear* next, Worker& worker) const {
+                          void* output, int64_t output_stride, const AdaptedLinear* next, Worker& worker) const {
   LinearArgs args = {};
   args.dtype = spec_.dtype;
   const int64_t first = rows_.first_adapted;
-  const bool updated = linear.lora_a && first < rows_.count;
+  const bool updated = linear.lora_a && has_adapted();
   if (updated) {
     args.rows = rows_.count - first;
     args.out_features = linear.lora_a->out_features();
     args.epilogue = Epilogue::kStore;
     args.output = at(work_.lora, first * work_.lora_stride, element_);
     args.output_stride = work_.lora_stride;
-    worker.each(linear.lora_a->num_panels(), [&](RowRange panels) {
+    const auto work = [&](RowRange panels) {
       const char* rows = static_cast<const char*>(input()) + first * input_stride * element_;
       args.weights = {linear.lora_a->panels(), rows, input_stride};
       table_.linear(args, panels);
-    });
+    };
+    worker.each(linear.lora_a->num_panels(), work, Prefetch(linear.weight.get(), worker));
     args.update = {linear.lora_b->panels(), work_.lora.data(), work_.lora_stride};
     args.first_updated = first;
   }
@@ -414,13 +426,13 @@ void Decoder::Pass::apply(const AdaptedLinear& linear, Input&& input, int64_t in
     args.weights = {linear.weight->panels(), input(), input_stride};
     table_.linear(args, panels);
   };
-  worker.each(linear.weight->num_panels(), work, Prefetch(next, worker));
+  worker.each(linear.weight->num_panels(), work, Prefetch(next, has_adapted(), worker));
 }
 
 // Adds W x to the residual, after its norm if it has one.
 template <typename Input>
 void Decoder::Pass::add_to_residual(const AdaptedLinear& linear, Input&& input, int64_t input_stride,
-                                    const std::vector<float>& norm, const PackedLinear* next, Worker& worker) const {
+                                    const std::vector<float>& norm, const AdaptedLinear* next, Worker& worker) const {
   if (norm.empty()) {
     return apply(linear, input, input_stride, Epilogue::kAdd, work_.residual.data(), spec_.hidden_size, next, worker);
   }
@@ -501,7 +513,7 @@ BranchAttentionArgs Decoder::Pass::attention_args(int64_t index, int64_t row) co
 }
 
 // Rotary positions, cache writes and attention.
-void Decoder::Pass::attend(int64_t index, const PackedLinear* next, Worker& worker) const {
+void Decoder::Pass::attend(int64_t index, const AdaptedLinear* next, Worker& worker) const {
   // With a window of one position rows see nothing that touches.
   const bool in_parts = !work_.parts.empty() && weights_.layers[static_cast<size_t>(index)].sliding_window != 1;
   const bool at_once = one_tile_per_slot_ && !in_parts;
@@ -518,11 +530,12 @@ void Decoder::Pass::attend(int64_t index, const PackedLinear* next, Worker& work
       table_.branch_attention(attention_args(index, tile.begin), tile, {kv_head, kv_head + 1}, scratch);
     }
   };
-  worker.each(static_cast<int64_t>(work_.tiles.size()) * spec_.num_kv_heads, work, Prefetch(next, worker));
+  worker.each(static_cast<int64_t>(work_.tiles.size()) * spec_.num_kv_heads, work,
+              Prefetch(next, has_adapted(), worker));
 }
 
 // Whoever finishes the last part of a tile's head merges them, always in the same order.
-void Decoder::Pass::attend_in_parts(int64_t index, const PackedLinear* next, Worker& worker) const {
+void Decoder::Pass::attend_in_parts(int64_t index, const AdaptedLinear* next, Worker& worker) const {
   void* scratch = work_.scratch[static_cast<size_t>(worker.index())].data();
   const int64_t heads = spec_.num_kv_heads, state_size = table_.attention_state_size(attention_args(index, 0));
   const auto work = [&](RowRange items) {
@@ -539,7 +552,7 @@ void Decoder::Pass::attend_in_parts(int64_t index, const PackedLinear* next, Wor
       }
     }
   };
-  worker.each(static_cast<int64_t>(work_.parts.size()) * heads, work, Prefetch(next, worker));
+  worker.each(static_cast<int64_t>(work_.parts.size()) * heads, work, Prefetch(next, has_adapted(), worker));
 }
 
 bool Decoder::Pass::head_reads(int64_t layer) const {

@@ -34,10 +34,14 @@ template <>
 struct MultiplyAdd<BFloat16> {
   static constexpr int kDepth = 2;
   using Operand = __m512bh;
+  using Element = BFloat16;
+  static inline Vec elements(const BFloat16* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
+  static inline Vec elements(const BFloat16* p, int n) {
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << n) - 1), p));
+  }
+  static inline Operand strip(const BFloat16* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
   static inline void weights(const BFloat16* p, Operand* strips) {
-    for (int s = 0; s < kStrips; ++s) {
-      strips[s] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(p + s * kLanes * kDepth));
-    }
+    for (int s = 0; s < kStrips; ++s) strips[s] = strip(p + s * kLanes * kDepth);
   }
   // Sign and magnitude become bfloat16 by two look-ups, each in a table of two registers that bits 0 to 6 index.
   static inline void weights(const int8_t* p, Operand* strips) {

@@ -22,19 +22,45 @@ namespace LLM2_FAST_TIER {
 
 constexpr int64_t kPrefetchBytes = 4096;  // ahead of the weights in use
 
-// tile[r][i] = W x for the rows [row, row + kRows) and the output features of a panel. Weights are T, or int8 with
-// scales.
+// One of the tiles that the rows of a product are divided into.
+struct RowTile {
+  RowRange rows;
+  int64_t index, count;
+};
+
+// Tiles are as equal as can be: few rows take as long as some more.
+static inline RowTile row_tile(int64_t rows, int64_t index) {
+  const int64_t count = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  return {{rows * index / count, rows * (index + 1) / count}, index, count};
+}
+
+// Weights to ask for while others are multiplied. If there is one tile, they lie ahead in the same stream; else each
+// tile asks for its part of the next panel, so that memory is as busy during the last one as during the first.
+struct Ahead {
+  const char* weights;
+  int64_t stride;  // bytes per step
+
+  Ahead(const char* panel, int64_t panel_bytes, int64_t step_bytes, const RowTile& tile) {
+    const bool same = tile.count == 1;
+    weights = panel + (same ? kPrefetchBytes : panel_bytes + panel_bytes * tile.index / tile.count);
+    stride = step_bytes / tile.count;
+  }
+};
+
+// sums[r][i] = W x for the kRows rows of a tile and the output features of a panel. Weights are T, or int8 with scales.
 template <typename T, typename Weight, int kRows>
-static void multiply_panel(const LinearTerm& term, int64_t panel, int64_t row, float* tile) {
+static void multiply_panel(const LinearTerm& term, int64_t panel, const RowTile& tile, float* sums) {
   using Step = MultiplyAdd<T>;
-  constexpr int64_t kStepSize = int64_t{kPanelWidth} * Step::kDepth;
+  constexpr int64_t kStepSize = int64_t{kPanelWidth} * Step::kDepth, kStepBytes = kStepSize * int64_t{sizeof(Weight)};
   constexpr bool kScaled = sizeof(Weight) == sizeof(int8_t);
   const int64_t depth = term.panels.depth, group_size = kScaled ? term.panels.group_size : depth;
   const Weight* weights = static_cast<const Weight*>(term.panels.packed) + panel * kPanelWidth * depth;
   const float* scales = kScaled ? term.panels.scales + panel * kPanelWidth * num_groups(depth, group_size) : nullptr;
-  const T* inputs = static_cast<const T*>(term.input) + row * term.input_stride;
+  const T* inputs = static_cast<const T*>(term.input) + tile.rows.begin * term.input_stride;
+  const int64_t panel_bytes = kPanelWidth * depth * int64_t{sizeof(Weight)};
+  Ahead ahead(reinterpret_cast<const char*>(weights), panel_bytes, kStepBytes, tile);
   if (kScaled) {
-    for (int i = 0; i < kRows * kPanelWidth; ++i) tile[i] = 0.0f;
+    for (int i = 0; i < kRows * kPanelWidth; ++i) sums[i] = 0.0f;
   }
   for (int64_t begin = 0; begin < depth; begin += group_size) {
     const int64_t end = begin + group_size < depth ? begin + group_size : depth;
@@ -42,11 +68,9 @@ static void multiply_panel(const LinearTerm& term, int64_t panel, int64_t row, f
     for (int r = 0; r < kRows; ++r) {
       for (int s = 0; s < kStrips; ++s) sum[r][s] = set1(0.0f);
     }
-    for (int64_t k = begin; k < end; k += Step::kDepth, weights += kStepSize) {
+    for (int64_t k = begin; k < end; k += Step::kDepth, weights += kStepSize, ahead.weights += ahead.stride) {
       // Past the end a prefetch does nothing.
-      const char* ahead = reinterpret_cast<const char*>(weights) + kPrefetchBytes;
-      for (int64_t line = 0; line < kStepSize * int64_t{sizeof(Weight)}; line += kCacheLine)
-        __builtin_prefetch(ahead + line);
+      for (int64_t line = 0; line < kStepBytes; line += kCacheLine) prefetch(ahead.weights + line);
       typename Step::Operand strip[kStrips];
       Step::weights(weights, strip);
       for (int r = 0; r < kRows; ++r) {
@@ -56,7 +80,7 @@ static void multiply_panel(const LinearTerm& term, int64_t panel, int64_t row, f
     }
     for (int r = 0; r < kRows; ++r) {
       for (int s = 0; s < kStrips; ++s) {
-        float* total = tile + r * kPanelWidth + s * kLanes;
+        float* total = sums + r * kPanelWidth + s * kLanes;
         store(total, kScaled ? fma(load(scales + s * kLanes), sum[r][s], load(total)) : sum[r][s]);
       }
     }
@@ -65,29 +89,32 @@ static void multiply_panel(const LinearTerm& term, int64_t panel, int64_t row, f
 }
 
 template <typename T, typename Weight, int kRows = kRowsAtOnce>
-static void multiply_rows(const LinearTerm& term, int64_t panel, RowRange rows, float* tile) {
-  if (rows.end - rows.begin == kRows) {
-    multiply_panel<T, Weight, kRows>(term, panel, rows.begin, tile);
+static void multiply_rows(const LinearTerm& term, int64_t panel, const RowTile& tile, float* sums) {
+  if (tile.rows.end - tile.rows.begin == kRows) {
+    multiply_panel<T, Weight, kRows>(term, panel, tile, sums);
   } else if constexpr (kRows > 1) {
-    multiply_rows<T, Weight, kRows - 1>(term, panel, rows, tile);
+    multiply_rows<T, Weight, kRows - 1>(term, panel, tile, sums);
   }
 }
 
 template <typename T>
-static void multiply(const LinearTerm& term, int64_t panel, RowRange rows, float* tile) {
-  term.panels.scales == nullptr ? multiply_rows<T, T>(term, panel, rows, tile)
-                                : multiply_rows<T, int8_t>(term, panel, rows, tile);
+static void multiply(const LinearTerm& term, int64_t panel, const RowTile& tile, float* sums) {
+  term.panels.scales == nullptr ? multiply_rows<T, T>(term, panel, tile, sums)
+                                : multiply_rows<T, int8_t>(term, panel, tile, sums);
 }
 
-// Adds the update to the tile of those `rows` that have one.
+// Adds the update to the sums of those rows that have one.
 template <typename T>
-static void add_update(const LinearArgs& args, int64_t panel, RowRange rows, float* tile) {
-  const RowRange updated = {rows.begin > args.first_updated ? rows.begin : args.first_updated, rows.end};
-  if (args.update.panels.packed == nullptr || updated.begin >= updated.end) return;
+static void add_update(const LinearArgs& args, int64_t panel, const RowTile& tile, float* sums) {
+  const int64_t begin = tile.rows.begin, end = tile.rows.end;
+  const int64_t first = begin > args.first_updated ? begin : args.first_updated;
+  if (args.update.panels.packed == nullptr || first >= end) return;
   float update[kRowsAtOnce * kPanelWidth];
-  multiply<T>(args.update, panel, updated, update);
-  tile += (updated.begin - rows.begin) * kPanelWidth;
-  for (int64_t i = 0; i < (updated.end - updated.begin) * kPanelWidth; ++i) tile[i] += update[i];
+  multiply<T>(args.update, panel, {{first, end}, tile.index, tile.count}, update);
+  sums += (first - begin) * kPanelWidth;
+  for (int64_t i = 0; i < (end - first) * kPanelWidth; i += kLanes) {
+    store(sums + i, add(load(sums + i), load(update + i)));
+  }
 }
 
 // output[i] = gate[i] * sigmoid(argument[i]) * up[i], sigmoid(x) = 1 / (1 + exp(-x)).
@@ -112,11 +139,11 @@ static void gelu_tanh_mul(const float* gate, const float* up, int64_t size, T* o
   sigmoid_mul(gate, argument, up, size, output);
 }
 
-// Writes the features of a panel for one row, of which `tile` has the sums.
+// Writes the features of a panel for one row, whose sums are given.
 template <typename T>
-static void finish_row(const LinearArgs& args, int64_t panel, int64_t row, float* tile) {
+static void finish_row(const LinearArgs& args, int64_t panel, int64_t row, float* sums) {
   if (args.bias != nullptr) {
-    for (int i = 0; i < kPanelWidth; ++i) tile[i] += args.bias[panel * kPanelWidth + i];
+    for (int i = 0; i < kPanelWidth; ++i) sums[i] += args.bias[panel * kPanelWidth + i];
   }
   const int64_t features = is_gated(args.epilogue) ? kLanes : kPanelWidth;
   const int64_t first = panel * features, rest = args.out_features - first;
@@ -126,35 +153,38 @@ static void finish_row(const LinearArgs& args, int64_t panel, int64_t row, float
   float* floats = static_cast<float*>(args.output) + offset;
   switch (args.epilogue) {
     case Epilogue::kStore:
-      for (int64_t i = 0; i < size; ++i) from_float(tile[i], stored + i);
+      for (int64_t i = 0; i < size; ++i) from_float(sums[i], stored + i);
       break;
     case Epilogue::kStoreFloat:
-      for (int64_t i = 0; i < size; ++i) floats[i] = tile[i];
+      for (int64_t i = 0; i < size; ++i) floats[i] = sums[i];
       break;
     case Epilogue::kAdd:
-      for (int64_t i = 0; i < size; ++i) floats[i] += tile[i];
+      for (int64_t i = 0; i < size; ++i) floats[i] += sums[i];
       break;
     case Epilogue::kSiluMul:
-      sigmoid_mul(tile, tile, tile + kLanes, size, stored);  // silu(x) = x * sigmoid(x)
+      sigmoid_mul(sums, sums, sums + kLanes, size, stored);  // silu(x) = x * sigmoid(x)
       break;
     case Epilogue::kGeluTanhMul:
-      gelu_tanh_mul(tile, tile + kLanes, size, stored);
+      gelu_tanh_mul(sums, sums + kLanes, size, stored);
       break;
     case Epilogue::kSelect:
-      fold_logits(*args.select, panel, row, first, tile, size, &args.rankings[row]);
+      fold_logits(*args.select, panel, row, first, sums, size, &args.rankings[row]);
       break;
   }
 }
 
 template <typename T>
 static void linear_of(const LinearArgs& args, RowRange panels) {
-  float tile[kRowsAtOnce * kPanelWidth];
+  float sums[kRowsAtOnce * kPanelWidth];
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    for (int64_t row = 0; row < args.rows; row += kRowsAtOnce) {
-      const RowRange rows = {row, row + kRowsAtOnce < args.rows ? row + kRowsAtOnce : args.rows};
-      multiply<T>(args.weights, panel, rows, tile);
-      add_update<T>(args, panel, rows, tile);
-      for (int64_t r = rows.begin; r < rows.end; ++r) finish_row<T>(args, panel, r, tile + (r - row) * kPanelWidth);
+    int64_t row = 0;
+    for (int64_t index = 0; row < args.rows; ++index) {
+      const RowTile tile = row_tile(args.rows, index);
+      multiply<T>(args.weights, panel, tile, sums);
+      add_update<T>(args, panel, tile, sums);
+      for (float* of_row = sums; row < tile.rows.end; ++row, of_row += kPanelWidth) {
+        finish_row<T>(args, panel, row, of_row);
+      }
     }
   }
 }

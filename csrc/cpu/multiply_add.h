@@ -9,11 +9,23 @@ namespace LLM2_FAST_TIER {
 constexpr int kStrips = 2;
 constexpr int kPanelWidth = kStrips * kLanes;
 
+// Asks for a line for the second-level cache, which can wait for more of them at once than the first.
+static inline void prefetch(const void* address) {
+  __builtin_prefetch(address, 0, 2);
+}
+
 // Adds kDepth products of weights and inputs to each lane of a sum.
 template <typename T>
 struct MultiplyAdd {
   static constexpr int kDepth = 1;
   using Operand = Vec;
+  // What T is kept as where it is an operand many times: `MultiplyAdd<Element>` multiplies the same numbers.
+  using Element = float;
+  // kLanes operands at p as the bits of `Element`s, or n < kLanes * kDepth elements and zeros.
+  static inline Vec elements(const T* p) { return load(p); }
+  static inline Vec elements(const T* p, int n) { return load_partial(p, n, 0.0f); }
+  // kLanes operands.
+  static inline Operand strip(const T* p) { return load(p); }
   // [kStrips, kLanes, kDepth] weights, T or int8.
   template <typename Weight>
   static inline void weights(const Weight* p, Operand* strips) {

@@ -70,6 +70,20 @@ static inline void store(float* p, Vec v) {
   _mm256_storeu_ps(p, v);
 }
 
+// Sum of the lanes, in an order that is fixed: halves first.
+static inline float sum_lanes(Vec v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// Largest lane; NaN lanes are dropped or returned.
+static inline float max_lane(Vec v) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
 static inline void transpose(Vec (&rows)[kLanes]) {
   Vec pairs[kLanes];
   for (int i = 0; i < kLanes; i += 2) {

@@ -86,6 +86,18 @@ static inline void store(float* p, Vec v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// Sum of the lanes, in an order that is fixed: halves first.
+static inline float sum_lanes(Vec v) {
+  return (v[0] + v[2]) + (v[1] + v[3]);
+}
+
+// Largest lane; NaN lanes are dropped or returned.
+static inline float max_lane(Vec v) {
+  float largest = v[0];
+  for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+
 static inline void transpose(Vec (&rows)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) {
     for (int j = 0; j < i; ++j) {

@@ -10,16 +10,22 @@
 namespace llm2_fast {
 namespace {
 
-// The branches of all sequences as rows of a pass, followed by their adapted twins if there are any.
+// So many rows take about as long as reading the weights once more.
+constexpr int64_t kRowsPerSweep = 12;
+
+// The branches of all sequences as rows of a pass, followed by their adapted twins if there are any; or the twins
+// alone.
 struct Branches {
   std::vector<int32_t> token_ids, slots, positions;
   std::vector<uint8_t> stored;
   std::vector<int64_t> first_row;  // of each sequence
-  int64_t count = 0;               // without the twins
+  int64_t count = 0;               // of the LLM's rows
 
-  explicit Branches(const StepBatch& batch, const AdaptedBranches* adapted) {
-    add(batch, batch.slots);
-    count = static_cast<int64_t>(token_ids.size());
+  Branches(const StepBatch& batch, const AdaptedBranches* adapted, bool only_twins) {
+    if (!only_twins) {
+      add(batch, batch.slots);
+      count = static_cast<int64_t>(token_ids.size());
+    }
     if (adapted != nullptr) add(batch, adapted->slots);
     stored.resize(token_ids.size(), 0);
   }
@@ -37,7 +43,8 @@ struct Branches {
  private:
   void add(const StepBatch& batch, const int32_t* batch_slots) {
     for (int64_t b = 0; b < batch.size; ++b) {
-      first_row.push_back(static_cast<int64_t>(token_ids.size()));
+      if (static_cast<int64_t>(first_row.size()) < batch.size)
+        first_row.push_back(static_cast<int64_t>(token_ids.size()));
       const int32_t* ids = batch.select.ids + b * batch.select.max_candidates;
       token_ids.insert(token_ids.end(), ids, ids + batch.select.count[b]);
       slots.resize(token_ids.size(), batch_slots[b]);
@@ -45,6 +52,29 @@ struct Branches {
     }
   }
 };
+
+// Whether the twins should run first and the LLM after the pick, for the chosen tokens alone: one more sweep over the
+// weights, but fewer rows.
+bool runs_twins_first(const StepBatch& batch, const AdaptedBranches* adapted) {
+  const int64_t branches = std::accumulate(batch.select.count, batch.select.count + batch.size, int64_t{0});
+  return adapted != nullptr && branches - batch.size >= kRowsPerSweep;
+}
+
+// Runs the LLM on the tokens that were picked and commits them.
+void extend_by_picked(Decoder& decoder, const PagedCache& cache, const StepBatch& batch, int num_threads) {
+  std::vector<int32_t> token_ids, slots, positions;
+  for (int64_t b = 0; b < batch.size; ++b) {
+    if (batch.pick.index[b] < 0) continue;
+    token_ids.push_back(batch.pick.token[b]);
+    slots.push_back(batch.slots[b]);
+    positions.push_back(batch.lengths[b]);
+  }
+  const std::vector<uint8_t> stored(token_ids.size(), 1);
+  const int64_t count = static_cast<int64_t>(token_ids.size());
+  const DecoderRows rows = {count, token_ids.data(), slots.data(), positions.data(), stored.data(), count, nullptr};
+  decoder.forward(cache, rows, nullptr, nullptr, num_threads);
+  for (int64_t row = 0; row < count; ++row) decoder.keep_row(cache, row);
+}
 
 // Scores of the rows from `first_scored` on, by sequence.
 void spread_scores(const std::vector<float>& row_scores, int64_t first_scored, const Branches& branches,
@@ -166,7 +196,8 @@ void joint_step(Decoder& decoder, const PagedCache& cache, const ScoreHead& head
                 StepBatch& batch, int num_threads) {
   propose(decoder, cache, {0, nullptr, nullptr, nullptr, nullptr}, batch, num_threads);
 
-  const Branches branches(batch, adapted);
+  const bool twins_first = runs_twins_first(batch, adapted);
+  const Branches branches(batch, adapted, twins_first);
   const DecoderRows rows = branches.rows(adapted);
   std::vector<float> row_scores(static_cast<size_t>(rows.count));
   decoder.forward(cache, rows, &head, row_scores.data(), num_threads);
@@ -189,9 +220,10 @@ void joint_step(Decoder& decoder, const PagedCache& cache, const ScoreHead& head
   for (int64_t b = 0; b < batch.size; ++b) {
     if (batch.pick.index[b] < 0) continue;
     const int64_t chosen = branches.first_row[static_cast<size_t>(b)] + batch.pick.index[b];
-    decoder.keep_row(cache, chosen);
+    if (!twins_first) decoder.keep_row(cache, chosen);
     if (adapted != nullptr) decoder.keep_row(adapted->cache, first_twin + chosen);
   }
+  if (twins_first) extend_by_picked(decoder, cache, batch, num_threads);
 }
 
 }  // namespace llm2_fast

@@ -34,25 +34,6 @@ static inline float exp_nonpositive(float x) {
   return lanes[0];
 }
 
-// Sum of the lanes, in an order that is fixed.
-static inline float sum_lanes(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
-
-// Largest lane; NaN lanes are dropped or returned.
-static inline float max_lane(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  float largest = lanes[0];
-  for (int i = 1; i < kLanes; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-  return largest;
-}
-
 // Largest of n elements, -inf for none. NaN elements are ignored.
 template <typename T>
 static float maximum(const T* x, int64_t n) {
