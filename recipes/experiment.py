@@ -32,7 +32,7 @@ class Settings:
         max_batch_size: Sequences decoded together.
         exploration: Options of `llm2_fast.explore`.
         verifiers: Options of `llm2_fast.train_verifier` by kind.
-        control: Epochs and learning rate of the control.
+        control: Epochs, learning rate and batch size of the control; none is made if None.
     """
 
     sampled: int
@@ -41,7 +41,7 @@ class Settings:
     max_batch_size: int
     exploration: Mapping[str, Any]
     verifiers: Mapping[str, Mapping[str, Any]]
-    control: Mapping[str, Any]
+    control: Mapping[str, Any] | None
 
 
 class Experiment:
@@ -64,12 +64,14 @@ class Experiment:
         run("explore", self.explore)
         for kind in kinds:
             run(f"train {kind}", lambda kind=kind: self.train(kind))
-        run("control", self.fine_tune)
+        if self.settings.control is not None:
+            run("control", self.fine_tune)
         betas = {kind: choose_beta(run(f"betas, {kind}", lambda kind=kind: self.compare_betas(kind))) for kind in kinds}
         for kind, beta in betas.items():
             run(f"greedy, {kind}", lambda kind=kind, beta=beta: self.greedy(self.system1, kind, beta))
-        run("greedy, control", lambda: self.greedy(self.directory / CONTROL, None))
-        if "full" in kinds:
+        if self.settings.control is not None:
+            run("greedy, control", lambda: self.greedy(self.directory / CONTROL, None))
+        if self.settings.control is not None and "full" in kinds:
             run("greedy, full on control", lambda: self.greedy(self.directory / CONTROL, "full", betas["full"]))
         for kind, beta in betas.items():
             run(f"sampled, {kind}", lambda kind=kind, beta=beta: self.sample(kind, beta))

@@ -34,7 +34,7 @@ def make_settings(options: argparse.Namespace) -> Settings:
         max_batch_size=64,
         exploration={"bypass": True} if options.bypass else {"n": options.rollouts, "max_positions": options.positions},
         verifiers={kind: verifiers[kind] for kind in options.kinds},
-        control={"epochs": options.epochs, "learning_rate": 2e-5, "batch_size": 4},
+        control={"epochs": options.epochs, "learning_rate": 2e-5, "batch_size": 4} if options.control else None,
     )
 
 
@@ -108,6 +108,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--positions", type=int, default=20, help="explored positions per solution")
     add("--bypass", action="store_true", help="no continuations: every plausible other token is a negative")
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    add("--control", action="store_true", help="fine-tune System 1 on the verifiers' problems, too, and compare")
     add("--epochs", type=int, default=2, help="of lora, full and the control")
     add("--max-new-tokens", type=int, default=256)
     add("--seed", type=int, default=0)

@@ -109,9 +109,10 @@ def _greedy_rows(stages: Stages, kinds: list[str]) -> Iterator[tuple[str, ...]]:
     yield "as it is", "none", "-", percent(find_arm(stages.result(f"greedy, {kinds[0]}"), PLAIN)["metrics"][ACCURACY])
     for kind in kinds:
         yield from _gains("as it is", kind, stages.result(f"greedy, {kind}"))
-    control = stages.result("greedy, control")
-    yield "fine-tuned", "none", "-", percent(find_arm(control, PLAIN)["metrics"][ACCURACY])
-    if "full" in kinds:
+    if "greedy, control" in stages.seconds:
+        control = stages.result("greedy, control")
+        yield "fine-tuned", "none", "-", percent(find_arm(control, PLAIN)["metrics"][ACCURACY])
+    if "greedy, full on control" in stages.seconds:
         yield from _gains("fine-tuned", "full", stages.result("greedy, full on control"))
 
 
