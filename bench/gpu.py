@@ -10,7 +10,7 @@
 6. A joint step of a random model as one CUDA graph, against the time of reading its weights once.
 
 `--output` writes NAME.json and NAME.md. `--tiny` runs the same code on tiny models in Triton's interpreter, without a
-GPU, to see that it runs; its figures mean nothing.
+GPU, to see that it runs; its figures mean nothing. It needs TRITON_INTERPRET=1.
 
 Not run on a GPU so far. What it writes belongs into docs/results/gpu.md, in place of the estimates.
 """
@@ -21,6 +21,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -367,6 +368,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if (_DEVICE == "cpu") != arguments.tiny:
         sys.exit("expected a CUDA device, or --tiny and none (bench/kernel_resources.py needs none either)")
+    if arguments.tiny and os.environ.get("TRITON_INTERPRET") != "1":
+        sys.exit("--tiny: expected TRITON_INTERPRET=1 in the environment, since Triton reads it when it is imported")
     start, sizes = time.monotonic(), TINY if arguments.tiny else FULL
     torch.manual_seed(0)
     gpu = "none, Triton's interpreter" if arguments.tiny else torch.cuda.get_device_name()
