@@ -13,17 +13,18 @@ from itertools import islice
 from typing import Any
 
 from llm2_fast.evaluation.arms import PLAIN
-from llm2_fast.evaluation.report import ACCURACY
+from llm2_fast.evaluation.markdown import percent
+from llm2_fast.evaluation.report import ACCURACY, EvaluationReport
 from llm2_fast.supervision import SHARD_PATTERN, read_supervision
 from recipes.arithmetic import Arithmetic, parse_arguments, write_problems
-from recipes.experiment import PAPER_BETA, Experiment, choose_beta
+from recipes.experiment import PAPER_BETA, Experiment, read_lines, write_lines
 from recipes.negatives import describe_negatives
-from recipes.report import find_arm, find_comparison, percent, steered_arms, table
+from recipes.report import evaluation, steered_arms, table
 from recipes.stages import Stages
 from recipes.word_problems import generate_workshop
 
 KIND = "full"
-THRESHOLDS = (0.25, 0.5, 0.75)
+THRESHOLDS = (0.25, 0.75)  # besides 0.5, the recipe's
 ALPHAS = (0.05, 0.1, 0.2, 0.4)
 BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 OPERATIONS = (2, 3, 4)
@@ -46,11 +47,12 @@ class Ablations:
     def run(self) -> str:
         """Everything, then the report."""
         self.arithmetic.run()
-        self.beta = choose_beta(self.base.stages.result(f"betas, {KIND}"))
+        self.beta = self.base.chosen_beta(KIND)
         self.copy_problems()
         variants = [*self.thresholds(), *self.explorations()]
         operations = [(count, *self.operations(count)) for count in OPERATIONS]
-        grid = self.stages.run("alpha and beta", self.grid)
+        self.stages.run("alpha and beta", self.grid)
+        grid = evaluation(self.stages, "alpha and beta")
         text = "\n\n".join(
             [
                 "Supervision that a `full` verifier is trained on; greedy decoding of the test problems.",
@@ -69,21 +71,22 @@ class Ablations:
         return text
 
     def copy_problems(self) -> None:
-        """The splits of the recipe, and the half of the training split that costly variants share."""
-        for split in ("train", "validation", "test"):
-            self.experiment.problems(split).write_bytes(self.base.problems(split).read_bytes())
-        lines = self.base.problems("train").read_text(encoding="utf-8").splitlines(keepends=True)
-        self.experiment.problems("half").write_text("".join(lines[: len(lines) // 2]), encoding="utf-8")
+        """The test split, and the half of the training split that costly variants share."""
+        self.experiment.problems("test").write_bytes(self.base.problems("test").read_bytes())
+        lines = read_lines(self.base.problems("train"))
+        write_lines(self.experiment.problems("half"), lines[: len(lines) // 2])
 
     def thresholds(self) -> Iterator[tuple[Any, ...]]:
         """Negatives by another threshold, from the qualities that the recipe's exploration measured."""
+        results = (self.base.stages.result(f"train {KIND}"), evaluation(self.base.stages, f"greedy, {KIND}"))
+        yield from _rows("Q < 0.5, the recipe", "as the recipe", *results)
         explored = read_supervision(self.base.directory / "supervision")
         for threshold in THRESHOLDS:
             name = f"threshold-{threshold}"
             directory = self.stages.directory / name
             directory.mkdir(exist_ok=True)
-            lines = (example.with_threshold(threshold).to_json() + "\n" for example in explored.examples)
-            (directory / SHARD_PATTERN.replace("*", "00000")).write_text("".join(lines), encoding="utf-8")
+            lines = (example.with_threshold(threshold).to_json() for example in explored.examples)
+            write_lines(directory / SHARD_PATTERN.replace("*", "00000"), lines)
             yield from self._variant(f"Q < {threshold}", name, "as the recipe")
 
     def explorations(self) -> Iterator[tuple[Any, ...]]:
@@ -103,11 +106,8 @@ class Ablations:
         """Train a verifier on supervision and try it."""
         name = f"{KIND}-{supervision}"
         trained = self.stages.run(f"train, {supervision}", lambda: self.experiment.train(KIND, name, supervision))
-        report = self.stages.run(
-            f"greedy, {supervision}", lambda: self.experiment.greedy(self.base.system1, name, self.beta)
-        )
-        for right in _right(report):
-            yield label, f"{trained['training_pairs']:,}", rollouts, *right
+        self.stages.run(f"greedy, {supervision}", lambda: self.experiment.greedy(self.base.system1, name, self.beta))
+        yield from _rows(label, rollouts, trained, evaluation(self.stages, f"greedy, {supervision}"))
 
     def operations(self, count: int) -> tuple[Any, ...]:
         """What exploring costs with more operations, and what the recipe's verifier gains."""
@@ -117,7 +117,7 @@ class Ablations:
             self.experiment.problems(split), islice(generate_workshop(f"{self.base.seed} {split}", count), number)
         )
         cost = self.stages.run(f"explore, {split}", lambda: self.experiment.explore(f"{split}-supervision", split))
-        report = self.stages.run(
+        self.stages.run(
             f"greedy, {split}",
             lambda: self.base.evaluate(
                 self.base.system1, KIND, f"ablations/{split}", f"ablations/greedy-{split}", beta=self.beta
@@ -126,7 +126,7 @@ class Ablations:
         per_problem = (
             f"{cost[name] / cost['problems']:.1f}" for name in ("explored_positions", "candidates", "rollouts")
         )
-        return *per_problem, *next(_right(report))[:-1]
+        return *per_problem, *next(_right(evaluation(self.stages, f"greedy, {split}")))[:-1]
 
     def grid(self) -> dict[str, Any]:
         """Every alpha with every beta on the validation split."""
@@ -134,21 +134,27 @@ class Ablations:
         return self.base.evaluate(self.base.system1, KIND, "validation", "ablations/grid", sweep=sweep)
 
 
-def _right(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+def _rows(label: str, rollouts: str, trained: dict[str, Any], report: EvaluationReport) -> Iterator[tuple[str, ...]]:
+    """What a verifier learnt from, and by beta what came of it."""
+    for right in _right(report):
+        yield label, f"{trained['training_pairs']:,}", rollouts, *right
+
+
+def _right(report: EvaluationReport) -> Iterator[tuple[str, ...]]:
     """By beta: right plainly, beta, right with it, the gain and how likely it is by chance."""
-    plain = percent(find_arm(report, PLAIN)["metrics"][ACCURACY])
+    plain = percent(report.arm(PLAIN).metrics[ACCURACY])
     for arm in steered_arms(report):
-        comparison = find_comparison(report, arm["name"], PLAIN)
-        right, gain = percent(arm["metrics"][ACCURACY]), percent(comparison["difference"], "+")
-        yield plain, f"{arm['settings']['beta']:g}", right, gain, f"{comparison['p_value']:.1g}"
+        comparison = report.comparison(arm.name, PLAIN)
+        right, gain = percent(arm.metrics[ACCURACY]), percent(comparison.difference, "+")
+        yield plain, f"{arm.settings['beta']:g}", right, gain, f"{comparison.p_value:.1g}"
 
 
-def grid_rows(report: dict[str, Any]) -> Iterable[tuple[str, ...]]:
+def grid_rows(report: EvaluationReport) -> Iterable[tuple[str, ...]]:
     """A row per alpha, a column per beta."""
-    arms = {(arm["settings"]["alpha"], arm["settings"]["beta"]): arm for arm in steered_arms(report)}
+    arms = {(arm.settings["alpha"], arm.settings["beta"]): arm for arm in steered_arms(report)}
     for alpha in ALPHAS:
         row = (arms[alpha, beta] for beta in BETAS)
-        cells = (f"{100 * arm['metrics'][ACCURACY]['mean']:.1f} ({100 * arm['ambiguous_share']:.1f} %)" for arm in row)
+        cells = (f"{100 * arm.metrics[ACCURACY].mean:.1f} ({100 * arm.ambiguous_share:.1f} %)" for arm in row)
         yield f"{alpha:g}", *cells
 
 

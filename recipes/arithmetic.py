@@ -21,7 +21,7 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from llm2_fast.problems import load_problems
-from recipes.experiment import Experiment, Settings, drop_contaminated
+from recipes.experiment import Experiment, Settings, separate, write_lines
 from recipes.report import write_report
 from recipes.solutions import train_on_solutions
 from recipes.stages import Stages
@@ -109,9 +109,7 @@ class Arithmetic:
         write_problems(path("mixture"), mixture)
         for split in SPLITS[1:]:
             write_problems(path(split), self._draw(TARGET, split, getattr(scale, split)))
-        drop_contaminated(path("validation"), [path("test")])
-        for split in ("train", "mixture"):
-            drop_contaminated(path(split), [path("validation"), path("test")])
+        separate(path("validation"), path("test"), [path("train"), path("mixture")])
         return {split: len(load_problems(path(split))) for split in SPLITS}
 
     def _draw(self, kind: str, split: str, count: int) -> Iterable[dict[str, str]]:
@@ -148,7 +146,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int, num_layers:
 
 def write_problems(path: Path, problems: Iterable[dict[str, str]]) -> None:
     """As JSON lines."""
-    path.write_text("".join(f"{json.dumps(problem)}\n" for problem in problems), encoding="utf-8")
+    write_lines(path, map(json.dumps, problems))
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> Arithmetic:

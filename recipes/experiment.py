@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import llm2_fast
 from llm2_fast.datacheck import DataCheck
-from llm2_fast.evaluation.report import ACCURACY
+from llm2_fast.evaluation.report import ACCURACY, EvaluationReport
 from llm2_fast.models.loading import load_model
 from llm2_fast.problems import load_problems
 from recipes.solutions import train_on_solutions
@@ -65,8 +65,10 @@ class Experiment:
         for kind in kinds:
             run(f"train {kind}", lambda kind=kind: self.train(kind))
         if self.settings.control is not None:
-            run("control", self.fine_tune)
-        betas = {kind: choose_beta(run(f"betas, {kind}", lambda kind=kind: self.compare_betas(kind))) for kind in kinds}
+            run("control", lambda: self.fine_tune(self.system1, "train", CONTROL, **self.settings.control))
+        for kind in kinds:
+            run(f"betas, {kind}", lambda kind=kind: self.compare_betas(kind))
+        betas = {kind: self.chosen_beta(kind) for kind in kinds}
         for kind, beta in betas.items():
             run(f"greedy, {kind}", lambda kind=kind, beta=beta: self.greedy(self.system1, kind, beta))
         if self.settings.control is not None:
@@ -106,17 +108,20 @@ class Experiment:
         )
         return {"training_pairs": result.num_pairs, **dataclasses.asdict(result.heldout_plausible)}
 
-    def fine_tune(self) -> None:
-        """The control: System 1 learns the very solutions that the supervision stands on."""
-        loaded = load_model(self.system1, dtype="float32")
-        problems = load_problems(self.problems("train"))
-        output = self.directory / CONTROL
-        train_on_solutions(loaded.model, loaded.tokenizer, problems, output, seed=self.seed, **self.settings.control)
+    def fine_tune(self, model: str | Path, split: str, name: str, **options: Any) -> None:
+        """Teach a model the very solutions of a split; `options` are those of `train_on_solutions`."""
+        loaded = load_model(model, dtype="float32")
+        problems = load_problems(self.problems(split))
+        train_on_solutions(loaded.model, loaded.tokenizer, problems, self.directory / name, seed=self.seed, **options)
 
     def compare_betas(self, verifier: str) -> dict[str, Any]:
         """Greedy decoding of the validation split."""
         options = {"sweep": {"beta": BETAS}, "beta": PAPER_BETA}
         return self.evaluate(self.system1, verifier, "validation", f"validation-{verifier}", **options)
+
+    def chosen_beta(self, verifier: str) -> float:
+        """The best on the validation split, where betas have been compared."""
+        return choose_beta(EvaluationReport.from_json(self.stages.result(f"betas, {verifier}")))
 
     def greedy(self, model: str | Path, verifier: str | None, beta: float = PAPER_BETA) -> dict[str, Any]:
         """Greedy decoding of the test split, plainly, with a beta and with the paper's."""
@@ -147,17 +152,32 @@ class Experiment:
         return llm2_fast.evaluate(engine, problems, self.directory / name, **options).to_json()
 
 
-def choose_beta(report: Mapping[str, Any]) -> float:
+def choose_beta(report: EvaluationReport) -> float:
     """The one with the best answers, the smaller of equals."""
-    arms = [arm for arm in report["arms"] if arm["settings"]]
-    best = max(arms, key=lambda arm: (arm["metrics"][ACCURACY]["mean"], -arm["settings"]["beta"]))
-    return best["settings"]["beta"]
+    arms = [arm for arm in report.arms if arm.settings]
+    return max(arms, key=lambda arm: (arm.metrics[ACCURACY].mean, -arm.settings["beta"])).settings["beta"]
 
 
-def drop_contaminated(path: Path, test_paths: Sequence[Path]) -> None:
+def separate(validation: Path, test: Path, others: Sequence[Path]) -> None:
+    """Drop what validation shares with test, and what other splits share with either."""
+    _drop_contaminated(validation, [test])
+    for path in others:
+        _drop_contaminated(path, [validation, test])
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines that hold something. Only "\\n" ends one: JSON strings may hold what else Unicode calls a line's end."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """One after the other, each with its end."""
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _drop_contaminated(path: Path, test_paths: Sequence[Path]) -> None:
     """Drop the lines of a file that share a question, or 13 words in a row, with one of the test files."""
     check = DataCheck()
     check.check([path], test_paths)
     bad = {int(f.where.rpartition(":")[2]) for f in check.findings if f.kind == "contamination"}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    path.write_text("".join(line for number, line in enumerate(lines, 1) if number not in bad), encoding="utf-8")
+    write_lines(path, (line for number, line in enumerate(read_lines(path), 1) if number not in bad))

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from llm2_fast.models import smollm2
-from llm2_fast.models.loading import load_model
 from llm2_fast.problems import load_problems
-from recipes.experiment import Experiment, Settings, drop_contaminated
+from recipes.experiment import Experiment, Settings, read_lines, separate, write_lines
 from recipes.report import write_report
-from recipes.solutions import train_on_solutions
 from recipes.stages import Stages
 
 KINDS = ("head", "lora", "full")
@@ -48,47 +46,31 @@ class GradeSchool:
 
     def __init__(self, stages: Stages, options: argparse.Namespace) -> None:
         self.stages, self.options = stages, options
-        tuned = stages.directory / "system1"
-        system1 = tuned if options.fine_tune else options.model
+        system1 = stages.directory / "system1" if options.fine_tune else options.model
         self.experiment = Experiment(stages, system1, make_settings(options), options.seed)
 
     def run(self) -> None:
         """Everything up to the results of the experiment."""
         self.stages.run("data", self.split)
         if self.options.fine_tune:
-            self.stages.run("System 1", self.fine_tune)
+            options = {"epochs": 1, "learning_rate": 1e-4, "batch_size": 8}
+            tune = self.experiment.fine_tune
+            self.stages.run("System 1", lambda: tune(self.options.model, "system1", "system1", **options))
         self.experiment.run()
 
     def split(self) -> dict[str, int]:
         """Draw validation and test from `--train` unless there is `--test`; the first rest is for fine-tuning."""
         options, path = self.options, self.experiment.problems
-        lines = [line for line in options.train.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = read_lines(options.train)
         random.Random(options.seed).shuffle(lines)
-        test = lines
-        if options.test is not None:
-            test = [line for line in options.test.read_text(encoding="utf-8").splitlines() if line.strip()]
+        test = lines if options.test is None else read_lines(options.test)
         counts = {"test": options.num_test, "validation": options.num_validation, "system1": options.fine_tune}
         for name, count in {**counts, "train": options.num_train}.items():
             source = test if name == "test" else lines
-            path(name).write_text("".join(f"{line}\n" for line in source[:count]), encoding="utf-8")
+            write_lines(path(name), source[:count])
             del source[:count]
-        for name in ("train", "system1"):
-            drop_contaminated(path(name), [path("validation"), path("test")])
+        separate(path("validation"), path("test"), [path("train"), path("system1")])
         return {name: len(load_problems(path(name))) for name in (*counts, "train") if path(name).stat().st_size}
-
-    def fine_tune(self) -> None:
-        """System 1, where the model as it is answers too badly."""
-        loaded = load_model(self.options.model, dtype="float32")
-        train_on_solutions(
-            loaded.model,
-            loaded.tokenizer,
-            load_problems(self.experiment.problems("system1")),
-            self.stages.directory / "system1",
-            epochs=1,
-            learning_rate=1e-4,
-            batch_size=8,
-            seed=self.options.seed,
-        )
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -11,12 +11,11 @@ import torch
 import transformers
 
 from llm2_fast.evaluation.arms import PLAIN, TRUNCATED
+from llm2_fast.evaluation.markdown import percent
 from llm2_fast.evaluation.plots import check_matplotlib
-from llm2_fast.evaluation.report import ACCURACY
+from llm2_fast.evaluation.report import ACCURACY, ArmReport, EvaluationReport
 from recipes.experiment import PAPER_BETA
 from recipes.stages import Stages
-
-Report = dict[str, Any]  # of `EvaluationReport.to_json`
 
 
 def write_report(stages: Stages, kinds: Iterable[str]) -> str:
@@ -33,20 +32,19 @@ def write_report(stages: Stages, kinds: Iterable[str]) -> str:
         MissingDependencyError: `matplotlib` is not installed.
     """
     kinds, result = list(kinds), stages.result
+    greedy, sampled = (evaluation(stages, f"{name}, {kinds[0]}") for name in ("greedy", "sampled"))
     sections = [
         _surroundings(result("explore")),
         table(
             ("verifier", "pairs", "held-out pairs", "it ranks right", "System 1 does", "both do, beta 0.25"),
             ((kind, *_pairwise(result(f"train {kind}"))) for kind in kinds),
         ),
-        f"Greedy decoding of {result(f'greedy, {kinds[0]}')['num_problems']} test problems; percent, gains in points.",
+        f"Greedy decoding of {greedy.num_problems} test problems; percent, gains in points.",
         table(
             ("System 1", "System 2", "beta", "right", "gain over plain", "McNemar p", "ambiguous steps", "changed"),
             _greedy_rows(stages, kinds),
         ),
-        "{num_problems} test problems, {num_samples} samples each, temperature 1.".format(
-            **result(f"sampled, {kinds[0]}")
-        ),
+        f"{sampled.num_problems} test problems, {sampled.num_samples} samples each, temperature 1.",
         table(
             ("System 2", "beta", "pass@1", "maj@n", "maj@n over plain", "maj@n over beta 0", "best@n of plain"),
             _sampled_rows(stages, kinds),
@@ -66,30 +64,18 @@ def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [header, ["---"] * len(header), *rows])
 
 
-def percent(estimate: Report, sign: str = "") -> str:
-    """An estimate with its interval."""
-    mean, low, high = (100 * estimate[name] for name in ("mean", "low", "high"))
-    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+def evaluation(stages: Stages, name: str) -> EvaluationReport:
+    """The result of a stage that evaluated."""
+    return EvaluationReport.from_json(stages.result(name))
 
 
-def find_arm(report: Report, name: str) -> Report:
-    """The arm of this name."""
-    return next(arm for arm in report["arms"] if arm["name"] == name)
-
-
-def find_comparison(report: Report, arm: str, other: str, metric: str = ACCURACY) -> Report:
-    """Of one arm with another in the same metric."""
-    wanted = (arm, metric, other, metric)
-    return next(c for c in report["comparisons"] if (c["arm"], c["metric"], c["other"], c["other_metric"]) == wanted)
-
-
-def steered_arms(report: Report) -> list[Report]:
+def steered_arms(report: EvaluationReport) -> list[ArmReport]:
     """The arms in which the verifier takes part, by beta."""
-    arms = [arm for arm in report["arms"] if arm["settings"] and arm["settings"]["beta"] > 0]
-    return sorted(arms, key=lambda arm: arm["settings"]["beta"])
+    arms = [arm for arm in report.arms if arm.settings and arm.settings["beta"] > 0]
+    return sorted(arms, key=lambda arm: arm.settings["beta"])
 
 
-def _surroundings(exploration: Report) -> str:
+def _surroundings(exploration: dict[str, Any]) -> str:
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     counts = (
@@ -100,47 +86,45 @@ def _surroundings(exploration: Report) -> str:
     return f"{threads}; {versions}. Exploration: {counts.format(**exploration)}."
 
 
-def _pairwise(trained: Report) -> tuple[str, ...]:
+def _pairwise(trained: dict[str, Any]) -> tuple[str, ...]:
     shares = (f"{100 * trained[name]:.1f}" for name in ("verifier", "system1", "combined"))
     return f"{trained['training_pairs']:,}", f"{trained['num_pairs']:,}", *shares
 
 
 def _greedy_rows(stages: Stages, kinds: list[str]) -> Iterator[tuple[str, ...]]:
-    yield "as it is", "none", "-", percent(find_arm(stages.result(f"greedy, {kinds[0]}"), PLAIN)["metrics"][ACCURACY])
+    yield "as it is", "none", "-", percent(evaluation(stages, f"greedy, {kinds[0]}").arm(PLAIN).metrics[ACCURACY])
     for kind in kinds:
-        yield from _gains("as it is", kind, stages.result(f"greedy, {kind}"))
+        yield from _gains("as it is", kind, evaluation(stages, f"greedy, {kind}"))
     if "greedy, control" in stages.seconds:
-        control = stages.result("greedy, control")
-        yield "fine-tuned", "none", "-", percent(find_arm(control, PLAIN)["metrics"][ACCURACY])
+        control = evaluation(stages, "greedy, control")
+        yield "fine-tuned", "none", "-", percent(control.arm(PLAIN).metrics[ACCURACY])
     if "greedy, full on control" in stages.seconds:
-        yield from _gains("fine-tuned", "full", stages.result("greedy, full on control"))
+        yield from _gains("fine-tuned", "full", evaluation(stages, "greedy, full on control"))
 
 
-def _gains(model: str, kind: str, report: Report) -> Iterator[tuple[str, ...]]:
+def _gains(model: str, kind: str, report: EvaluationReport) -> Iterator[tuple[str, ...]]:
     for arm in steered_arms(report):
-        comparison = find_comparison(report, arm["name"], PLAIN)
-        shares = (f"{100 * arm[name]:.1f} %" for name in ("ambiguous_share", "intervention_share"))
-        gain, p_value = percent(comparison["difference"], "+"), f"{comparison['p_value']:.1g}"
-        beta = f"{arm['settings']['beta']:g}"
-        yield model, kind, beta, percent(arm["metrics"][ACCURACY]), gain, p_value, *shares
+        comparison = report.comparison(arm.name, PLAIN)
+        shares = (f"{100 * share:.1f} %" for share in (arm.ambiguous_share, arm.intervention_share))
+        gain, p_value = percent(comparison.difference, "+"), f"{comparison.p_value:.1g}"
+        yield model, kind, f"{arm.settings['beta']:g}", percent(arm.metrics[ACCURACY]), gain, p_value, *shares
 
 
 def _sampled_rows(stages: Stages, kinds: list[str]) -> Iterator[tuple[str, ...]]:
-    first = stages.result(f"sampled, {kinds[0]}")
-    metric = f"maj@{first['num_samples']}"
+    first = evaluation(stages, f"sampled, {kinds[0]}")
+    majority = f"maj@{first.num_samples}"
     for name, beta in ((PLAIN, "-"), (TRUNCATED, "0")):
-        metrics = find_arm(first, name)["metrics"]
-        yield "none", beta, percent(metrics[ACCURACY]), percent(metrics[metric])
+        metrics = first.arm(name).metrics
+        yield "none", beta, percent(metrics[ACCURACY]), percent(metrics[majority])
     for kind in kinds:
-        report = stages.result(f"sampled, {kind}")
+        report = evaluation(stages, f"sampled, {kind}")
+        best = percent(report.arm(PLAIN).metrics[f"best@{report.num_samples}"])
         for arm in steered_arms(report):
-            metrics, best = arm["metrics"], find_arm(report, PLAIN)["metrics"].get(f"best@{report['num_samples']}")
             gains = (
-                percent(find_comparison(report, arm["name"], other, metric)["difference"], "+")
-                for other in (PLAIN, arm["baseline"])
+                percent(report.comparison(arm.name, other, majority).difference, "+") for other in (PLAIN, arm.baseline)
             )
-            beta = f"{arm['settings']['beta']:g}"
-            yield kind, beta, percent(metrics[ACCURACY]), percent(metrics[metric]), *gains, percent(best)
+            right = (percent(arm.metrics[metric]) for metric in (ACCURACY, majority))
+            yield kind, f"{arm.settings['beta']:g}", *right, *gains, best
 
 
 def plot_betas(stages: Stages, kinds: Iterable[str], path: Path) -> None:
@@ -151,12 +135,12 @@ def plot_betas(stages: Stages, kinds: Iterable[str], path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for kind in kinds:
-        report = stages.result(f"betas, {kind}")
-        arms = [find_arm(report, PLAIN), *steered_arms(report)]
-        betas = [0.0, *(arm["settings"]["beta"] for arm in arms[1:])]
-        estimates = [arm["metrics"][ACCURACY] for arm in arms]
-        axes.plot(betas, [100 * e["mean"] for e in estimates], marker="o", label=kind)
-        axes.fill_between(betas, [100 * e["low"] for e in estimates], [100 * e["high"] for e in estimates], alpha=0.1)
+        report = evaluation(stages, f"betas, {kind}")
+        arms = [report.arm(PLAIN), *steered_arms(report)]
+        betas = [0.0, *(arm.settings["beta"] for arm in arms[1:])]
+        estimates = [arm.metrics[ACCURACY] for arm in arms]
+        axes.plot(betas, [100 * e.mean for e in estimates], marker="o", label=kind)
+        axes.fill_between(betas, [100 * e.low for e in estimates], [100 * e.high for e in estimates], alpha=0.1)
     axes.axvline(PAPER_BETA, color="gray", linestyle=":", label="the paper's")
     axes.set(xlabel="beta", ylabel="right answers on the validation split, %")
     axes.legend()

@@ -7,15 +7,18 @@ import random
 import re
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llm2_fast.errors import ArgumentError
+from llm2_fast.evaluation.markdown import percent
+from llm2_fast.evaluation.report import Estimate, EvaluationReport
 from llm2_fast.problems import load_problems
 from recipes import ablations, arithmetic, gsm8k
 from recipes.experiment import choose_beta
 from recipes.negatives import FORM, categorize
-from recipes.report import percent, table
+from recipes.report import table
 from recipes.stages import Stages
 from recipes.tokenizer import make_tokenizer
 from recipes.word_problems import KINDS, MAX_VALUE, TARGET, generate, workshop
@@ -91,15 +94,15 @@ def test_a_stage_that_fails_runs_again(tmp_path) -> None:
 def test_the_smaller_of_equally_good_betas_is_chosen() -> None:
     accuracies = {None: 0.9, 2.0: 0.5, 0.5: 0.5, 0.25: 0.4}
     arms = [
-        {"settings": {} if beta is None else {"beta": beta}, "metrics": {"pass@1": {"mean": mean}}}
+        SimpleNamespace(settings={} if beta is None else {"beta": beta}, metrics={"pass@1": Estimate(mean, mean, mean)})
         for beta, mean in accuracies.items()
     ]
-    assert choose_beta({"arms": arms}) == 0.5
+    assert choose_beta(SimpleNamespace(arms=arms)) == 0.5
 
 
 def test_tables() -> None:
     assert table(("a", "b"), [(1, 2), (3,)]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 |  |"
-    assert percent({"mean": 0.5, "low": 0.25, "high": 0.75}, "+") == "+50.0 [+25.0, +75.0]"
+    assert percent(Estimate(mean=0.5, low=0.25, high=0.75), "+") == "+50.0 [+25.0, +75.0]"
 
 
 @pytest.mark.slow
@@ -129,6 +132,7 @@ def test_arithmetic_runs_and_goes_on(tmp_path, monkeypatch) -> None:
     for kind in scale.settings.verifiers:
         report = after[f"greedy, {kind}"]["result"]
         assert report["num_problems"] == scale.test
+        assert EvaluationReport.from_json(report).to_json() == report
         assert report["arms"][0]["metrics"] == after["greedy, head"]["result"]["arms"][0]["metrics"]
     text = (output / "report.md").read_text()
     assert all(f"| {kind} |" in text for kind in scale.settings.verifiers)

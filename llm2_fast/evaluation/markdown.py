@@ -26,7 +26,7 @@ def to_markdown(report: EvaluationReport) -> str:
 
 def _accuracy_table(report: EvaluationReport) -> Iterator[str]:
     metrics = list(dict.fromkeys(metric for arm in report.arms for metric in arm.metrics))
-    rows = ([arm.name, *(_percent(arm.metrics[m]) if m in arm.metrics else "" for m in metrics)] for arm in report.arms)
+    rows = ([arm.name, *(percent(arm.metrics[m]) if m in arm.metrics else "" for m in metrics)] for arm in report.arms)
     return _table(["arm", *metrics], rows)
 
 
@@ -53,7 +53,7 @@ def _comparison_table(report: EvaluationReport) -> Iterator[str]:
         other = c.other if c.metric == c.other_metric else f"{c.other} ({c.other_metric})"
         p_value = "" if c.p_value is None else f"{c.p_value:.3g}"
         verdict = "" if report.num_problems < MIN_PROBLEMS else {1: "better", -1: "worse", 0: ""}[c.significance]
-        rows.append([c.arm, c.metric, other, _points(c.difference), f"{c.wins}:{c.losses}", p_value, verdict])
+        rows.append([c.arm, c.metric, other, percent(c.difference, "+"), f"{c.wins}:{c.losses}", p_value, verdict])
     return _table(["arm", "metric", "against", "difference", "wins:losses", "McNemar p", "significant"], rows)
 
 
@@ -76,9 +76,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
         yield f"| {' | '.join(row)} |"
 
 
-def _percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.mean:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
-
-
-def _points(estimate: Estimate) -> str:
-    return f"{100 * estimate.mean:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+def percent(estimate: Estimate, sign: str = "") -> str:
+    """A mean and its interval in percent; `sign` is "+" for differences."""
+    mean, low, high = (f"{100 * value:{sign}.1f}" for value in (estimate.mean, estimate.low, estimate.high))
+    return f"{mean} [{low}, {high}]"

@@ -137,6 +137,16 @@ class EvaluationReport:
         """For `json.dumps`."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> EvaluationReport:
+        """What `to_json` made."""
+        arms = [
+            ArmReport(**{**arm, "metrics": {name: Estimate(**e) for name, e in arm["metrics"].items()}})
+            for arm in entry["arms"]
+        ]
+        comparisons = [Comparison(**{**c, "difference": Estimate(**c["difference"])}) for c in entry["comparisons"]]
+        return cls(entry["num_problems"], entry["num_samples"], arms, comparisons)
+
 
 def summarize(arms: Sequence[Arm], records: Mapping[str, Sequence[Record]], seed: int) -> EvaluationReport:
     """The report of finished arms.
