@@ -11,7 +11,7 @@ CPP_FORMATTED := $(shell find csrc tests/cpp tests/cuda -name '*.c' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-gpu-compile cpp-test sanitize bench bench-peers recipe-arithmetic recipe-ablations recipe-gsm8k lint format clean build/cpp-test build/cpp-address build/cpp-thread
+.PHONY: help setup demo test test-gpu-compile test-aarch64 cpp-test sanitize bench bench-peers recipe-arithmetic recipe-ablations recipe-gsm8k lint format clean build/cpp-test build/cpp-address build/cpp-thread build/cpp-aarch64
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,11 +28,15 @@ cpp-test: build/cpp-test ## Build and run the C++ tests.
 
 sanitize: build/cpp-address build/cpp-thread ## Run the C++ tests under the address, undefined-behaviour and thread sanitizers.
 
+test-aarch64: build/cpp-aarch64 ## Cross-compile the C++ tests for 64-bit ARM and run them under emulation.
+
 build/cpp-address: SANITIZE := address,undefined
 build/cpp-thread: SANITIZE := thread
-build/cpp-test build/cpp-address build/cpp-thread: $(VENV)/.build-tools
+build/cpp-aarch64: TOOLCHAIN := tests/cpp/aarch64.cmake
+build/cpp-test build/cpp-address build/cpp-thread build/cpp-aarch64: $(VENV)/.build-tools
 	$(BIN)/cmake -S . -B $@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLLM2_FAST_TESTS=ON -DLLM2_FAST_SANITIZE=$(SANITIZE)
+		-DCMAKE_BUILD_TYPE=RelWithDebInfo -DLLM2_FAST_TESTS=ON -DLLM2_FAST_SANITIZE=$(SANITIZE) \
+		$(if $(TOOLCHAIN),-DCMAKE_TOOLCHAIN_FILE=$(abspath $(TOOLCHAIN)))
 	$(BIN)/cmake --build $@
 	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error --timeout 600
 

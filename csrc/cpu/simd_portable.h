@@ -4,6 +4,9 @@
 
 #include <cstdint>
 #include <cstring>
+#ifdef __ARM_FEATURE_FMA
+#include <arm_neon.h>
+#endif
 
 #include "llm2_fast/dtype.h"
 
@@ -28,7 +31,11 @@ static inline Vec mul(Vec a, Vec b) {
   return a * b;
 }
 static inline Vec fma(Vec a, Vec b, Vec c) {
+#ifdef __ARM_FEATURE_FMA
+  return vfmaq_f32(c, a, b);
+#else
   return a * b + c;
+#endif
 }
 
 // a where a > b, else b: a NaN in b is kept, a NaN in a is dropped.

@@ -1,5 +1,5 @@
 # Installs the C API, then builds and runs the example of docs/embedding.md against it, with the CMakeLists.txt shown there.
-# Needs BUILD_DIR, SOURCE_DIR, WORK_DIR, GENERATOR and MAKE_PROGRAM.
+# Needs BUILD_DIR, SOURCE_DIR, WORK_DIR, GENERATOR, MAKE_PROGRAM, TOOLCHAIN and EMULATOR; the last two may be empty.
 function(run)
   execute_process(COMMAND ${ARGN} RESULT_VARIABLE result OUTPUT_VARIABLE output ERROR_VARIABLE output)
   if(NOT result EQUAL 0)
@@ -29,9 +29,9 @@ run(${CMAKE_COMMAND} --install ${BUILD_DIR} --prefix ${WORK_DIR}/prefix)
 extract(c ${WORK_DIR}/source/example.c)
 extract(cmake ${WORK_DIR}/source/CMakeLists.txt)
 run(${CMAKE_COMMAND} -S ${WORK_DIR}/source -B ${WORK_DIR}/build -G ${GENERATOR} -DCMAKE_MAKE_PROGRAM=${MAKE_PROGRAM}
-    -DCMAKE_PREFIX_PATH=${WORK_DIR}/prefix "-DCMAKE_C_FLAGS=-std=c11 -Wall -Wextra -Werror")
+    -DCMAKE_TOOLCHAIN_FILE=${TOOLCHAIN} -DCMAKE_PREFIX_PATH=${WORK_DIR}/prefix "-DCMAKE_C_FLAGS=-std=c11 -Wall -Wextra -Werror")
 run(${CMAKE_COMMAND} --build ${WORK_DIR}/build)
-run(${WORK_DIR}/build/example)
+run(${EMULATOR} ${WORK_DIR}/build/example)
 if(NOT output MATCHES "^[0-9]+\\*? ([0-9]+\\*? )*\n$")
   message(FATAL_ERROR "the example printed: ${output}")
 endif()
