@@ -7,10 +7,13 @@ and given again. Verifiers are of kind `full`, trained as in the recipe and comp
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
+
+from transformers import AutoTokenizer
 
 from llm2_fast.evaluation.arms import PLAIN
 from llm2_fast.evaluation.markdown import percent
@@ -28,6 +31,8 @@ THRESHOLDS = (0.25, 0.75)  # besides 0.5, the recipe's
 ALPHAS = (0.05, 0.1, 0.2, 0.4)
 BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 OPERATIONS = (2, 3, 4)
+VOCABULARIES = (128,)  # besides the recipe's, a token per word
+COST = ("positions", "candidates", "rollouts", "new tokens")  # of exploration, per problem
 LIKELIHOOD = {"quality": "likelihood", "threshold": math.log(0.5), "thresholds": ()}
 
 
@@ -51,6 +56,7 @@ class Ablations:
         self.copy_problems()
         variants = [*self.thresholds(), *self.explorations()]
         operations = [(count, *self.operations(count)) for count in OPERATIONS]
+        vocabularies = [self.words(), *(self.pieces(size) for size in VOCABULARIES)]
         self.stages.run("alpha and beta", self.grid)
         grid = evaluation(self.stages, "alpha and beta")
         text = "\n\n".join(
@@ -58,9 +64,9 @@ class Ablations:
                 "Supervision that a `full` verifier is trained on; greedy decoding of the test problems.",
                 table(("supervision", "pairs", "rollouts", "plain", "beta", "right", "gain", "McNemar p"), variants),
                 "Problems with more operations; System 1 and verifier as above, whose training problems have 3.",
-                table(
-                    ("operations", "positions", "candidates", "rollouts", "plain", "beta", "right", "gain"), operations
-                ),
+                table(("operations", *COST, "plain", "beta", "right", "gain"), operations),
+                "The recipe with half of the training problems: words as tokens, and words in pieces.",
+                table(("tokens", *COST, "plain", "beta", "right", "gain"), vocabularies),
                 "alpha and beta; in brackets the share of ambiguous steps.",
                 table(("alpha", *(f"beta {beta:g}" for beta in BETAS)), grid_rows(grid)),
                 "Negatives, and a sample of them.",
@@ -123,15 +129,37 @@ class Ablations:
                 self.base.system1, KIND, f"ablations/{split}", f"ablations/greedy-{split}", beta=self.beta
             ),
         )
-        per_problem = (
-            f"{cost[name] / cost['problems']:.1f}" for name in ("explored_positions", "candidates", "rollouts")
-        )
-        return *per_problem, *next(_right(evaluation(self.stages, f"greedy, {split}")))[:-1]
+        return *_cost(cost), *next(_right(evaluation(self.stages, f"greedy, {split}")))[:-1]
+
+    def words(self) -> tuple[Any, ...]:
+        """What exploring half of the problems costs in the recipe, and what it brings."""
+        tokenizer = AutoTokenizer.from_pretrained(self.base.system1)
+        right = next(_right(evaluation(self.stages, "greedy, answers")))
+        return len(tokenizer), *_cost(self.stages.result("explore, answers")), *right[:-1]
+
+    def pieces(self, vocab_size: int) -> tuple[Any, ...]:
+        """The same with another tokenizer, so with another System 1. Texts take up to twice as many tokens."""
+        settings = dataclasses.replace(self.scale.settings, max_new_tokens=2 * self.scale.settings.max_new_tokens)
+        scale = dataclasses.replace(self.scale, train=self.scale.train // 2, settings=settings, vocab_size=vocab_size)
+        stages = Stages(self.stages.directory / f"vocabulary-{vocab_size}", dataclasses.asdict(scale))
+        recipe = Arithmetic(stages, scale, self.base.seed)
+        recipe.prepare()
+        experiment = recipe.experiment
+        cost = stages.run("explore", experiment.explore)
+        stages.run("train", lambda: experiment.train(KIND))
+        stages.run("greedy", lambda: experiment.greedy(experiment.system1, KIND, self.beta))
+        return vocab_size, *_cost(cost), *next(_right(evaluation(stages, "greedy")))[:-1]
 
     def grid(self) -> dict[str, Any]:
         """Every alpha with every beta on the validation split."""
         sweep = {"alpha": ALPHAS, "beta": BETAS}
         return self.base.evaluate(self.base.system1, KIND, "validation", "ablations/grid", sweep=sweep)
+
+
+def _cost(report: dict[str, Any]) -> Iterator[str]:
+    """The columns `COST`."""
+    for name in ("explored_positions", "candidates", "rollouts", "generated_tokens"):
+        yield f"{report[name] / report['problems']:.1f}"
 
 
 def _rows(label: str, rollouts: str, trained: dict[str, Any], report: EvaluationReport) -> Iterator[tuple[str, ...]]:

@@ -41,6 +41,7 @@ class Scale:
         hidden_size, num_layers: Of System 1.
         train, validation, test: Problems of the target kind.
         settings: Of the experiment.
+        vocab_size: Tokens, rare words in pieces; None for a token per word.
     """
 
     mixture: int
@@ -51,6 +52,7 @@ class Scale:
     validation: int
     test: int
     settings: Settings
+    vocab_size: int | None = None
 
 
 def _settings(sampled: int, samples: int, exploration: dict[str, Any], num_layers: int, epochs: int) -> Settings:
@@ -63,7 +65,7 @@ def _settings(sampled: int, samples: int, exploration: dict[str, Any], num_layer
         exploration=exploration,
         verifiers={
             "head": {
-                "epochs": 5 * epochs,
+                "epochs": 20,
                 "learning_rate": 2e-3,
                 "mlp_size": 256,
                 "layers": (*range(num_layers - 1), -1),
@@ -75,7 +77,7 @@ def _settings(sampled: int, samples: int, exploration: dict[str, Any], num_layer
     )
 
 
-FULL = Scale(80_000, 0.02, 96, 3, 2000, 500, 2000, _settings(300, 20, {"n": 10, "thresholds": (0.25, 0.75)}, 3, 4))
+FULL = Scale(60_000, 0.03, 96, 3, 2000, 500, 2000, _settings(300, 20, {"n": 10, "thresholds": (0.25, 0.75)}, 3, 8))
 QUICK = Scale(
     1500, 0.5, 32, 2, 80, 12, 24, _settings(6, 3, {"n": 2, "max_positions": 5, "thresholds": (0.25, 0.75)}, 2, 1)
 )
@@ -96,9 +98,13 @@ class Arithmetic:
 
     def run(self) -> None:
         """Everything up to the results of the experiment."""
+        self.prepare()
+        self.experiment.run()
+
+    def prepare(self) -> None:
+        """The data and System 1."""
         self.stages.run("data", self.make_data)
         self.stages.run("System 1", self.train_system1)
-        self.experiment.run()
 
     def make_data(self) -> dict[str, int]:
         """Write the splits. What `llm2-fast data check` finds shared with validation or test is dropped before."""
@@ -118,9 +124,10 @@ class Arithmetic:
     def train_system1(self) -> None:
         """The generalist."""
         problems = load_problems(self.experiment.problems("mixture"))
-        tokenizer = make_tokenizer(text for problem in problems for text in (problem.question, problem.solution))
+        texts = (text for problem in problems for text in (problem.question, problem.solution))
+        tokenizer = make_tokenizer(texts, self.scale.vocab_size)
         model = make_model(tokenizer, self.scale.hidden_size, self.scale.num_layers, self.seed)
-        options = {"epochs": 1, "learning_rate": 3e-3, "batch_size": 16, "seed": self.seed, "whole_text": True}
+        options = {"epochs": 1, "learning_rate": 3e-3, "batch_size": 16, "seed": self.seed, "question_weight": 0.3}
         train_on_solutions(model, tokenizer, problems, self.experiment.system1, **options)
 
 

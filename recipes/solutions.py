@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -16,8 +18,6 @@ from transformers import (
 from llm2_fast.problems import Problem
 from llm2_fast.prompts import encode_prompt
 from llm2_fast.supervision import tokenize_messages
-
-_IGNORED = -100  # no loss here
 
 
 def train_on_solutions(
@@ -30,7 +30,7 @@ def train_on_solutions(
     learning_rate: float,
     batch_size: int,
     seed: int,
-    whole_text: bool = False,
+    question_weight: float = 0.0,
 ) -> None:
     """Teach a model the reference solutions of problems, in place, and save it with its tokenizer.
 
@@ -40,9 +40,9 @@ def train_on_solutions(
         problems: With solutions.
         output_dir: Gets model and tokenizer.
         epochs, learning_rate, batch_size, seed: Of AdamW with a cosine schedule and 5 % warm-up.
-        whole_text: Learn the questions, too. A model that begins with random weights learns to look back sooner.
+        question_weight: What a question's token counts in the loss, where a solution's counts 1. A model that begins
+            with random weights learns to look back sooner if it learns the questions, too.
     """
-    examples = [_encode(problem, tokenizer, whole_text) for problem in problems]
     arguments = TrainingArguments(
         output_dir=str(output_dir / "trainer"),
         num_train_epochs=epochs,
@@ -62,26 +62,44 @@ def train_on_solutions(
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
     )
-    rows = [{"input_ids": ids, "labels": labels, "length": len(ids)} for ids, labels in examples]
-    Trainer(model=model, args=arguments, train_dataset=rows, data_collator=_pad).train()
+    rows = [_encode(problem, tokenizer, question_weight) for problem in problems]
+    _WeightedTrainer(model=model, args=arguments, train_dataset=rows, data_collator=_pad).train()
     model.eval()
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
 
 
-def _encode(problem: Problem, tokenizer: PreTrainedTokenizerBase, whole_text: bool) -> tuple[list[int], list[int]]:
-    """Tokens, and labels for those that are learnt."""
+class _WeightedTrainer(Trainer):
+    """The loss of a batch is the mean over its tokens, each with its weight."""
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        outputs = model(inputs["input_ids"], use_cache=False)
+        targets, weights = inputs["input_ids"][:, 1:].flatten(), inputs["weights"][:, 1:].flatten()
+        losses = cross_entropy(outputs.logits[:, :-1].flatten(0, 1), targets, reduction="none")
+        loss = losses @ weights / weights.sum()
+        return (loss, outputs) if return_outputs else loss
+
+
+def _encode(problem: Problem, tokenizer: PreTrainedTokenizerBase, question_weight: float) -> dict[str, Any]:
+    """Tokens and what each counts."""
     messages = [{"role": "user", "content": problem.question}, {"role": "assistant", "content": problem.solution}]
-    prompt = encode_prompt(messages[:1], tokenizer, len(tokenizer), "question")
+    num_question = len(encode_prompt(messages[:1], tokenizer, len(tokenizer), "question"))
     token_ids = tokenize_messages(messages, tokenizer)
-    return token_ids, token_ids if whole_text else [_IGNORED] * len(prompt) + token_ids[len(prompt) :]
+    weights = [question_weight] * num_question + [1.0] * (len(token_ids) - num_question)
+    return {"input_ids": token_ids, "weights": weights, "length": len(token_ids)}
 
 
-def _pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+def _pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Behind the end nothing is learnt, and causal attention hides it from what stands before."""
     length = max(len(row["input_ids"]) for row in rows)
 
-    def stack(name: str, value: int) -> torch.Tensor:
-        return torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
+    def stack(name: str) -> torch.Tensor:
+        return torch.tensor([row[name] + [0] * (length - len(row[name])) for row in rows])
 
-    return {"input_ids": stack("input_ids", 0), "labels": stack("labels", _IGNORED)}
+    return {"input_ids": stack("input_ids"), "weights": stack("weights").float()}

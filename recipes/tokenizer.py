@@ -1,4 +1,4 @@
-"""A tokenizer for generated problems: a token per word and per digit, blanks belong to the word behind them."""
+"""A tokenizer for generated problems: words or pieces of them, single digits, blanks belong to the word behind them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Split
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 _PAD, _END, _UNKNOWN = "<pad>", "<end>", "<unknown>"
@@ -22,16 +23,28 @@ _CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """The tokens of `texts`, ten digits with and without a blank, and three special ones."""
-    words = {word for text in texts for word in re.findall(_PATTERN, text)}
-    words |= {f"{blank}{digit}" for blank in ("", " ") for digit in range(10)} | {"\n", " "}
-    vocabulary = {word: i for i, word in enumerate([_PAD, _END, _UNKNOWN, *sorted(words)])}
-    core = Tokenizer(WordLevel(vocabulary, unk_token=_UNKNOWN))
+def make_tokenizer(texts: Iterable[str], vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+    """The tokens of `texts`, ten digits, and three special ones.
+
+    Args:
+        texts: What will be written.
+        vocab_size: So many tokens, rare words in pieces by byte-pair encoding. None: every word is a token.
+    """
+    core = Tokenizer(WordLevel(_words(texts), unk_token=_UNKNOWN) if vocab_size is None else BPE(unk_token=_UNKNOWN))
     core.pre_tokenizer = Split(Regex(_PATTERN), behavior="isolated")
     core.decoder = Fuse()
+    if vocab_size is not None:
+        trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=[_PAD, _END, _UNKNOWN], show_progress=False)
+        core.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=_PAD, eos_token=_END, unk_token=_UNKNOWN, clean_up_tokenization_spaces=False
     )
     tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
+
+
+def _words(texts: Iterable[str]) -> dict[str, int]:
+    """The vocabulary of whole words."""
+    words = {word for text in texts for word in re.findall(_PATTERN, text)}
+    words |= {f"{blank}{digit}" for blank in ("", " ") for digit in range(10)} | {"\n", " "}
+    return {word: i for i, word in enumerate([_PAD, _END, _UNKNOWN, *sorted(words)])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Generator
@@ -159,13 +160,12 @@ class ProblemExplorer:
         gold = problem.gold
         if quality == "answer":
             return lambda solution, complete: float(gold.is_right(self._text(solution), complete=complete))
-        return lambda solution, complete: self._answer_likelihood(prompt, self._text(solution), gold)
+        # Continuations of a sure model are often the same.
+        likelihood = functools.cache(lambda before: self._answer_likelihood(prompt, before, gold))
+        return lambda solution, complete: likelihood(_up_to_answer(self._text(solution)))
 
-    def _answer_likelihood(self, prompt: list[int], solution: str, gold: GoldAnswer) -> float:
-        """Mean log-probability per token of the gold answer where `solution` states its own, or behind it."""
-        span = find_answer(solution)
-        stated = span is not None and span.marked
-        before = solution[: span.start] if stated else solution.rstrip() + _STATEMENT
+    def _answer_likelihood(self, prompt: list[int], before: str, gold: GoldAnswer) -> float:
+        """Mean log-probability per token of the gold answer behind the text `before`."""
         context, whole = self._tokenize(before), self._tokenize(before + gold.text)
         common = next((i for i, (a, b) in enumerate(zip(context, whole, strict=False)) if a != b), len(context))
         answer = whole[common:]
@@ -193,6 +193,12 @@ class ProblemExplorer:
         """A key for the random numbers of each problem, so that it may be explored anywhere and at any time."""
         digest = hashlib.sha256(f"{self._config.seed}:{problem.id}".encode()).digest()
         return self._config.sampling(int.from_bytes(digest[:8], "big"))
+
+
+def _up_to_answer(solution: str) -> str:
+    """The text in front of the answer that a solution states, or behind which one would have to follow."""
+    span = find_answer(solution)
+    return solution[: span.start] if span is not None and span.marked else solution.rstrip() + _STATEMENT
 
 
 def _decide(branches: list[Branch]) -> Generator[list[Branch], None, None]:
