@@ -1,7 +1,7 @@
 """What the arithmetic recipe leaves open: variants of its supervision, of alpha and beta, and of the problems.
 
 Starts where `recipes.arithmetic` ended, in the same directory. Each variant is a stage, so the command can be stopped
-and given again. Verifiers are of kind `full`, trained as in the recipe and compared on the same test problems.
+and given again. Verifiers are of kind `lora`, trained as in the recipe and compared on the same test problems.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from recipes.report import evaluation, steered_arms, table
 from recipes.stages import Stages
 from recipes.word_problems import generate_workshop
 
-KIND = "full"
+KIND = "lora"
 THRESHOLDS = (0.25, 0.75)  # besides 0.5, the recipe's
 ALPHAS = (0.05, 0.1, 0.2, 0.4)
 BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -61,7 +61,7 @@ class Ablations:
         grid = evaluation(self.stages, "alpha and beta")
         text = "\n\n".join(
             [
-                "Supervision that a `full` verifier is trained on; greedy decoding of the test problems.",
+                f"Supervision that a `{KIND}` verifier is trained on; greedy decoding of the test problems.",
                 table(("supervision", "pairs", "rollouts", "plain", "beta", "right", "gain", "McNemar p"), variants),
                 "Problems with more operations; System 1 and verifier as above, whose training problems have 3.",
                 table(("operations", *COST, "plain", "beta", "right", "gain"), operations),
