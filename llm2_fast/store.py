@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from llm2_fast.errors import ArgumentError
-from llm2_fast.supervision import SHARD_PATTERN, Manifest, manifest_path
+from llm2_fast.supervision import SHARD_PATTERN, UNFINISHED, Manifest, manifest_path
 
-_PART = ".part"
 _LOCK = ".lock"
+_NUMBER = re.compile(r"(\d+)")
 _SHARD_SIZE = 1000
 
 
@@ -62,7 +63,10 @@ class ShardStore(Generic[RecordT]):
             self._check_manifest(manifest)
             shards = sorted(self._directory.glob(SHARD_PATTERN))
             self.ids = {record_id for shard in shards for record_id in self._read_ids(shard)}
-            self._number = len(shards)
+            # Behind the last one: shards may have been taken away.
+            self._number = 1 + max(
+                (int(found[1]) for shard in shards if (found := _NUMBER.search(shard.name))), default=-1
+            )
             self._open_part()
         except BaseException:
             self._lock.close()
@@ -113,7 +117,7 @@ class ShardStore(Generic[RecordT]):
 
     @property
     def _part_path(self) -> Path:
-        return self._shard_path.with_name(self._shard_path.name + _PART)
+        return self._shard_path.with_name(self._shard_path.name + UNFINISHED)
 
     def _take_lock(self) -> None:
         try:
@@ -131,7 +135,7 @@ class ShardStore(Generic[RecordT]):
         elif any(self._directory.glob(SHARD_PATTERN)):
             raise ArgumentError("output_dir", "an empty directory, or one with a manifest", str(self._directory))
         else:
-            staging = path.with_name(path.name + _PART)
+            staging = path.with_name(path.name + UNFINISHED)
             with staging.open("w", encoding="utf-8") as file:
                 file.write(manifest.to_json())
                 file.flush()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from llm2_fast.prompts import encode_prompt
 
 FORMAT_VERSION = 1
 SHARD_PATTERN = "shard-*.jsonl"
+UNFINISHED = ".part"  # behind the name of a shard that is being written
 
 
 class TokenPair(NamedTuple):
@@ -233,6 +235,9 @@ def supervision_files(path: str | os.PathLike[str]) -> list[Path]:
     files = sorted(path.glob(SHARD_PATTERN)) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise ArgumentError("supervision", f"a JSON-lines file, or a directory with {SHARD_PATTERN}", str(path))
+    if unfinished := [file.name for file in path.glob(f"{SHARD_PATTERN}{UNFINISHED}")]:
+        message = f"supervision {str(path)!r}: {unfinished[0]} is left out, an exploration writes it or was interrupted"
+        warnings.warn(message, stacklevel=2)
     return files
 
 

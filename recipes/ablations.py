@@ -1,7 +1,7 @@
 """What the arithmetic recipe leaves open: variants of its supervision, of alpha and beta, and of the problems.
 
 Starts where `recipes.arithmetic` ended, in the same directory. Each variant is a stage, so the command can be stopped
-and given again. Verifiers are of kind `lora`, trained as in the recipe and compared on the same test problems.
+and given again. Verifiers are of kind `full`, trained as in the recipe and compared on the same test problems.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from llm2_fast.evaluation.markdown import percent
 from llm2_fast.evaluation.report import ACCURACY, EvaluationReport
 from llm2_fast.supervision import SHARD_PATTERN, read_supervision
 from recipes.arithmetic import Arithmetic, parse_arguments, write_problems
-from recipes.experiment import PAPER_BETA, Experiment, read_lines, write_lines
+from recipes.experiment import PAPER_BETA, Experiment, drop_contaminated, read_lines, write_lines
 from recipes.negatives import describe_negatives
 from recipes.report import evaluation, steered_arms, table
 from recipes.stages import Stages
 from recipes.word_problems import generate_workshop
 
-KIND = "lora"
+KIND = "full"
 THRESHOLDS = (0.25, 0.75)  # besides 0.5, the recipe's
 ALPHAS = (0.05, 0.1, 0.2, 0.4)
 BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -117,11 +117,8 @@ class Ablations:
 
     def operations(self, count: int) -> tuple[Any, ...]:
         """What exploring costs with more operations, and what the recipe's verifier gains."""
-        number = max(10, self.scale.test // 4)
         split = f"{count}-operations"
-        write_problems(
-            self.experiment.problems(split), islice(generate_workshop(f"{self.base.seed} {split}", count), number)
-        )
+        self.stages.run(f"data, {split}", lambda: self.make_problems(split, count))
         cost = self.stages.run(f"explore, {split}", lambda: self.experiment.explore(f"{split}-supervision", split))
         self.stages.run(
             f"greedy, {split}",
@@ -130,6 +127,12 @@ class Ablations:
             ),
         )
         return *_cost(cost), *next(_right(evaluation(self.stages, f"greedy, {split}")))[:-1]
+
+    def make_problems(self, split: str, operations: int) -> None:
+        """Problems with so many operations that neither System 1 nor the verifier has learnt."""
+        number, path = max(10, self.scale.test // 4), self.experiment.problems(split)
+        write_problems(path, islice(generate_workshop(f"{self.base.seed} {split}", operations), number))
+        drop_contaminated(path, [self.base.problems("train"), self.base.problems("mixture")])
 
     def words(self) -> tuple[Any, ...]:
         """What exploring half of the problems costs in the recipe, and what it brings."""

@@ -77,7 +77,7 @@ def _settings(sampled: int, samples: int, exploration: dict[str, Any], num_layer
     )
 
 
-FULL = Scale(60_000, 0.03, 96, 3, 2000, 500, 2000, _settings(300, 20, {"n": 10, "thresholds": (0.25, 0.75)}, 3, 8))
+FULL = Scale(80_000, 0.02, 96, 3, 2000, 500, 2000, _settings(300, 20, {"n": 10, "thresholds": (0.25, 0.75)}, 3, 8))
 QUICK = Scale(
     1500, 0.5, 32, 2, 80, 12, 24, _settings(6, 3, {"n": 2, "max_positions": 5, "thresholds": (0.25, 0.75)}, 2, 1)
 )

@@ -11,6 +11,7 @@ from typing import Any
 import llm2_fast
 from llm2_fast.datacheck import DataCheck
 from llm2_fast.evaluation.report import ACCURACY, EvaluationReport
+from llm2_fast.exploration.report import ExplorationReport
 from llm2_fast.models.loading import load_model
 from llm2_fast.problems import load_problems
 from recipes.solutions import train_on_solutions
@@ -84,7 +85,7 @@ class Experiment:
 
     def explore(self, name: str = "supervision", split: str = "train", **options: Any) -> dict[str, float]:
         """Supervision out of a split, and what it cost."""
-        report = llm2_fast.explore(
+        llm2_fast.explore(
             self.system1,
             self.problems(split),
             self.directory / name,
@@ -93,6 +94,7 @@ class Experiment:
             seed=self.seed,
             **{**self.settings.exploration, **options},
         )
+        report = ExplorationReport.read(self.directory / name)  # of interrupted runs, too
         return {**dataclasses.asdict(report), "tokens_per_second": report.tokens_per_second}
 
     def train(self, kind: str, name: str | None = None, supervision: str = "supervision") -> dict[str, Any]:
@@ -160,9 +162,9 @@ def choose_beta(report: EvaluationReport) -> float:
 
 def separate(validation: Path, test: Path, others: Sequence[Path]) -> None:
     """Drop what validation shares with test, and what other splits share with either."""
-    _drop_contaminated(validation, [test])
+    drop_contaminated(validation, [test])
     for path in others:
-        _drop_contaminated(path, [validation, test])
+        drop_contaminated(path, [validation, test])
 
 
 def read_lines(path: Path) -> list[str]:
@@ -175,8 +177,8 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _drop_contaminated(path: Path, test_paths: Sequence[Path]) -> None:
-    """Drop the lines of a file that share a question, or 13 words in a row, with one of the test files."""
+def drop_contaminated(path: Path, test_paths: Sequence[Path]) -> None:
+    """Drop the lines of a file that share a question, or 13 words in a row, with one of the other files."""
     check = DataCheck()
     check.check([path], test_paths)
     bad = {int(f.where.rpartition(":")[2]) for f in check.findings if f.kind == "contamination"}

@@ -12,6 +12,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from llm2_fast.errors import ArgumentError
 from llm2_fast.models import smollm2
 from llm2_fast.problems import load_problems
 from recipes.experiment import Experiment, Settings, read_lines, separate, write_lines
@@ -67,6 +68,9 @@ class GradeSchool:
         counts = {"test": options.num_test, "validation": options.num_validation, "system1": options.fine_tune}
         for name, count in {**counts, "train": options.num_train}.items():
             source = test if name == "test" else lines
+            if len(source) < count:
+                left = f"{len(source)} left for {name} of {options.test if source is test else options.train}"
+                raise ArgumentError("train" if source is lines else "test", f"a file with {count} more problems", left)
             write_lines(path(name), source[:count])
             del source[:count]
         separate(path("validation"), path("test"), [path("train"), path("system1")])

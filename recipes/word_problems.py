@@ -10,7 +10,7 @@ from itertools import pairwise
 NAMES = ("Ann", "Ben", "Cem", "Dora", "Eve", "Finn", "Gus", "Hana", "Ivan", "Jo", "Kim", "Lea")
 THINGS = ("apples", "books", "coins", "dolls", "eggs", "figs", "games", "hats", "keys", "maps", "pens", "shells")
 VERBS = {1: ("finds", "buys", "makes", "wins", "gets"), -1: ("loses", "sells", "breaks", "drops", "uses")}
-# The target kind's own words, which a generalist meets now and then.
+# The target kind's own words. A generalist can repeat them and has rarely seen what they do to a number.
 _RISING = """
 acquires adopts amasses assembles bakes brews builds captures carves catches collects compiles composes crafts creates
 cultivates discovers draws earns fetches folds forges gains gathers grows harvests hatches imports inherits knits
@@ -25,6 +25,7 @@ sacrifices scatters scraps sheds ships shreds sinks smashes spends spills spoils
 wrecks
 """
 WORKSHOP_VERBS = {1: _RISING.split(), -1: _FALLING.split()}
+_ORDINALS = ("first", "second", "third")
 MAX_VALUE = 9  # numbers are one digit, so one token
 _FACTORS = [(a, b) for a in range(2, 5) for b in range(1, 5) if a * b <= MAX_VALUE]
 
@@ -131,6 +132,16 @@ def sharing(draw: random.Random) -> WordProblem:
     return WordProblem(f"How many {things} has {name}?", sentences, solution)
 
 
+def record(draw: random.Random) -> WordProblem:
+    """Which of several events? In the words of the target kind, without what they do to a number."""
+    name, verbs = draw.choice(NAMES), [*WORKSHOP_VERBS[1], *WORKSHOP_VERBS[-1]]
+    amounts = [draw.randint(1, MAX_VALUE) for _ in _ORDINALS]
+    events = [f"{name} {draw.choice(verbs)} {amount}" for amount in amounts]
+    last = draw.randrange(len(events))
+    solution = Solution(amounts[last], events[: last + 1])
+    return WordProblem(f"How many in the {_ORDINALS[last]} event?", [f"{event}." for event in events], solution)
+
+
 def workshop(draw: random.Random, operations: int = 3) -> WordProblem:
     """A diary in words of its own. The target kind."""
     name, things = draw.choice(NAMES), draw.choice(THINGS)
@@ -142,7 +153,7 @@ def workshop(draw: random.Random, operations: int = 3) -> WordProblem:
 
 TARGET = "workshop"
 KINDS: dict[str, Callable[[random.Random], WordProblem]] = {
-    kind.__name__: kind for kind in (expression, diary, comparison, boxes, sharing, workshop)
+    kind.__name__: kind for kind in (expression, diary, comparison, boxes, sharing, record, workshop)
 }
 
 

@@ -208,12 +208,15 @@ def test_pairs_of_a_position(tmp_path):
 
 def test_bypass_samples_nothing(tmp_path):
     examples, report = run(tmp_path, bypass=True)
-    explored, _ = run(tmp_path / "explored")
+    explored, _ = run(tmp_path / "explored", top_k=31)
     assert (report.rollouts, report.generated_tokens) == (0, 0)
     for example_id, example in examples.items():
         assert sorted(example.samples) == sorted(measured(explored[example_id]))
         assert all((q.quality, q.done, q.n) == (None, 0, 0) for q in example.quality)
         assert example.spared == []
+    narrow, _ = run(tmp_path / "narrow", bypass=True, top_k=1)  # every plausible one, whatever top_k
+    assert {i: e.samples for i, e in narrow.items()} == {i: e.samples for i, e in examples.items()}
+    assert any(len(e.samples) > len({pair.position for pair in e.samples}) for e in narrow.values())
 
 
 def quality(right, logprob=-1.0):
@@ -485,6 +488,8 @@ def test_the_command_line_explores(tmp_path, capsys):
         ({"seed": -1}, "seed: expected"),
         ({"bypass": 1}, "bypass: expected True or False"),
         ({"quality": "beauty"}, "quality: expected one of 'answer', 'likelihood'"),
+        ({"quality": "likelihood"}, "threshold: expected thresholds of at most 0"),
+        ({"quality": "likelihood", "threshold": -1.0, "thresholds": (0.5,)}, "threshold: expected thresholds of at"),
         ({"positive": "worst"}, "positive: expected one of"),
         ({"thresholds": 0.5}, "thresholds: expected a sequence"),
         ({"threshold": math.nan}, "threshold: expected a number"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 import arithmetic
 import llm2_fast
 from llm2_fast import ArgumentError, MissingDependencyError
+from llm2_fast.exploration.cluster import RayExplorer
 from llm2_fast.problems import load_problems
 from llm2_fast.supervision import read_supervision
 
@@ -88,6 +90,28 @@ def test_bad_arguments_are_refused(tmp_path, saved):
             llm2_fast.explore(saved, PROBLEMS, tmp_path / "out", **options)
     with pytest.raises(ArgumentError, match="model: expected a path or hub id"):
         llm2_fast.explore(arithmetic.model(), PROBLEMS, tmp_path / "out", engine="ray")
+
+
+@pytest.mark.parametrize(
+    ("machines", "num_workers", "cores"),
+    [
+        ([{"CPU": 16.0}], 3, 5),
+        ([{"CPU": 16.0}, {"CPU": 2.0}], 2, 8),  # 9 each would fit the first machine once
+        ([{"CPU": 16.0}, {"CPU": 2.0}, {}], 18, 1),
+        ([{"CPU": 8.0, "GPU": 2.0}], 2, 4),
+        ([{"CPU": 2.0}], 3, "at most 2, since the cluster has 0 GPUs and 2 cores"),
+        ([{"CPU": 8.0, "GPU": 2.0}], 3, "at most 2, since the cluster has 2 GPUs and 8 cores"),
+    ],
+)
+def test_no_more_workers_than_can_be_placed(machines, num_workers, cores):
+    explorer = object.__new__(RayExplorer)
+    explorer._num_workers = num_workers
+    explorer._ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": machine} for machine in machines])
+    if isinstance(cores, int):
+        assert explorer._cores_per_worker() == cores
+    else:
+        with pytest.raises(ArgumentError, match=f"num_workers: expected {cores}, got {num_workers}"):
+            explorer._cores_per_worker()
 
 
 def test_without_ray_the_error_says_what_to_install(tmp_path, saved, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 import arithmetic
 import llm2_fast
 from llm2_fast import ArgumentError, explore, store
+from llm2_fast.exploration.report import ExplorationReport
 from llm2_fast.problems import load_problems
 from llm2_fast.store import ShardStore
 from llm2_fast.supervision import Manifest, SupervisionExample, TokenPair, TokenQuality, read_supervision
@@ -97,6 +99,30 @@ def test_a_failed_write_leaves_no_half_line(tmp_path, monkeypatch):
     assert read_supervision(tmp_path).examples == [example(0), example(2)]
 
 
+def test_shards_are_not_overwritten_where_one_is_missing(tmp_path):
+    with open_store(tmp_path, MANIFEST) as opened:
+        for number in range(7):
+            opened.append(example(number))
+    (tmp_path / "shard-00000.jsonl").unlink()
+    with open_store(tmp_path, MANIFEST) as opened:
+        opened.append(example(0))
+    assert [found.id for found in read_supervision(tmp_path).examples] == [example(i).id for i in (3, 4, 5, 6, 0)]
+
+
+def test_a_shard_under_way_is_left_out_loudly(tmp_path):
+    with open_store(tmp_path, MANIFEST) as opened:
+        for number in range(4):
+            opened.append(example(number))
+        with pytest.warns(UserWarning, match=r"shard-00001.jsonl.part is left out"):
+            assert len(read_supervision(tmp_path).examples) == 3
+    assert len(read_supervision(tmp_path).examples) == 4
+
+
+def test_progress_shows_the_time_left(tmp_path, engine, capsys):
+    explore(engine, PROBLEMS[:2], tmp_path, progress=True, **OPTIONS)
+    assert re.search(r"explore: +50%.*1/2 \[\d\d:\d\d<", capsys.readouterr().err)
+
+
 def test_an_example_is_written_once(tmp_path):
     with open_store(tmp_path, MANIFEST) as opened:
         opened.append(example(0))
@@ -162,6 +188,9 @@ def test_an_interrupted_exploration_is_resumed(tmp_path, engine):
     assert (first.problems, second.problems, second.resumed) == (5, len(PROBLEMS) - 5, 5)
     assert (third.problems, third.resumed, third.rollouts) == (0, len(PROBLEMS), 0)
     assert by_id(tmp_path / "parts") == by_id(tmp_path / "whole")
+    whole, parts = (ExplorationReport.read(tmp_path / name) for name in ("whole", "parts"))
+    assert parts.seconds > second.seconds
+    assert dataclasses.replace(parts, seconds=0) == dataclasses.replace(whole, seconds=0)
     with pytest.raises(ArgumentError, match="n 6 there, 7 here"):
         explore(engine, PROBLEMS, tmp_path / "parts", **{**OPTIONS, "n": 7})
     quantized = {"tokenizer": engine.tokenizer, "quantization": "int8-group32"}

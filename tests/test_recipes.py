@@ -33,6 +33,10 @@ def test_solutions_are_right(kind: str) -> None:
         *lines, answer = problem["answer"].split("\n")
         value = None
         for line in lines:
+            if kind == "record":
+                assert f" {line}." in problem["question"]
+                value = int(line[-1])
+                continue
             first, operator, second, result = _EQUATION.search(line).groups()
             assert value is None or int(first) == value
             value = operations[operator](int(first), int(second))
@@ -151,6 +155,16 @@ def check_gsm8k(arithmetic_run: Path, output: Path) -> None:
     assert [len(problems) for problems in splits] == [16, 30, 4, 8]
     assert len({problem.question for problems in splits for problem in problems}) == 58
     assert "| as it is | head |" in (output / "report.md").read_text()
+
+    counts = f"--num-train 12 --num-validation 2 --num-test 4 --sampled 1 --epochs 4 --test {arithmetic_run}/test.jsonl"
+    options = f"--kinds lora --bypass --control --max-new-tokens 16 --model {model} --train {problems} {counts}"
+    other = output.with_name("gsm8k-bypass")
+    gsm8k.main([*options.split(), "--output", str(other)])
+    tested = {problem.question for problem in load_problems(other / "test.jsonl")}
+    assert tested <= {problem.question for problem in load_problems(arithmetic_run / "test.jsonl")}
+    assert "| fine-tuned | none |" in (other / "report.md").read_text()
+    with pytest.raises(ArgumentError, match="train: expected a file with 1000 more problems"):
+        gsm8k.main(["--train", str(problems), "--output", str(output.with_name("short")), "--num-train", "1000"])
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,20 @@ def _print_report(report: ExplorationReport) -> None:
         *((f"  {count} skipped", reason) for reason, count in report.skipped.items()),
         ("positions", f"{report.explored_positions} explored of {report.positions} in the solutions"),
         ("candidates", f"{report.candidates}, of which {report.pairs} became pairs"),
-        ("continuations", f"{report.rollouts}; {report.spared_rollouts} spared, their verdicts being known"),
+        (
+            "continuations",
+            f"{report.rollouts}; {_with_share(report.spared_rollouts, report.rollouts)} spared, verdicts being known",
+        ),
         ("generated tokens", f"{report.generated_tokens}, {report.tokens_per_second:.1f} per second"),
-        ("prefix tokens", f"{report.prefilled_tokens} computed; {report.shared_tokens} shared, not computed again"),
+        (
+            "prefix tokens",
+            f"{report.prefilled_tokens} computed; {_with_share(report.shared_tokens, report.prefilled_tokens)} shared",
+        ),
         ("seconds", f"{report.seconds:.1f}"),
     ):
         print(f"{name:<17} {value}")
+
+
+def _with_share(saved: int, done: int) -> str:
+    """A number and its share of what there would have been to do."""
+    return f"{saved} ({100 * saved / max(1, saved + done):.0f} %)"

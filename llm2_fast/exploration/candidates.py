@@ -56,8 +56,9 @@ def find_positions(teacher: Teacher, sequence: Sequence, start: int, config: Exp
             truth = sequence.prompt_token_ids[index]
             others = [pair for pair in zip(ids[:count], logprobs[:count], strict=True) if pair[0] != truth]
             if others:
+                kept = others if config.bypass else others[: config.top_k]
                 truth_logprob = float(row[truth]) - logsumexp
-                found.append(Position(index, truth, truth_logprob, truth in ids, tuple(others[: config.top_k])))
+                found.append(Position(index, truth, truth_logprob, truth in ids, tuple(kept)))
     return found
 
 

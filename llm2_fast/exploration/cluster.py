@@ -82,7 +82,7 @@ class RayExplorer:
         resources = ray.cluster_resources()
         num_gpus, num_machines = int(resources.get("GPU", 0)), sum(node["Alive"] for node in ray.nodes())
         self._num_workers = num_workers or num_gpus or num_machines
-        cores = max(1, int(resources["CPU"]) // self._num_workers)
+        cores = self._cores_per_worker()
         self._resources = {"num_cpus": cores, "num_gpus": min(1, num_gpus)}
         self._idle = [self._start_worker() for _ in range(self._num_workers)]
 
@@ -126,6 +126,22 @@ class RayExplorer:
         if self._own_cluster:
             self._ray.shutdown()
         self._idle.clear()  # a worker ends when nothing refers to it
+
+    def _cores_per_worker(self) -> int:
+        """As many as there can be for each worker; a worker is on one machine.
+
+        Raises:
+            ArgumentError: There are more workers than GPUs or cores. Those beyond would wait for ever.
+        """
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        num_gpus, cores = (sum(int(machine.get(name, 0)) for machine in machines) for name in ("GPU", "CPU"))
+        if self._num_workers > (limit := min(num_gpus, cores) if num_gpus else cores):
+            expected = f"at most {limit}, since the cluster has {num_gpus} GPUs and {cores} cores"
+            raise ArgumentError("num_workers", expected, self._num_workers)
+        size = cores // self._num_workers
+        while sum(int(machine.get("CPU", 0)) // size for machine in machines) < self._num_workers:
+            size -= 1
+        return size
 
     def _start_worker(self) -> Any:
         return self._ray.remote(**self._resources)(_Worker).remote(*self._arguments)

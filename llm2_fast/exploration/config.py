@@ -22,7 +22,7 @@ class ExplorationConfig:
 
     Attributes:
         alpha: Plausibility constraint in (0, 1], as in decoding.
-        top_k: Candidates per position at most, the solution's own token not counted.
+        top_k: Candidates per position at most, the solution's own token not counted; not with `bypass`.
         max_positions: Positions per solution at most, drawn among those that have a candidate; all if None.
 
     Their quality:
@@ -33,8 +33,8 @@ class ExplorationConfig:
         max_new_tokens: Tokens of a continuation at most.
         quality: What a continuation is worth. "answer": 1 if its final answer is right, else 0. "likelihood": mean
             log-probability per token of the gold answer in place of the continuation's own. Or a function that gives a
-            number for a problem and the text of a whole solution.
-        bypass: Sample nothing; every candidate is a negative.
+            number for a problem and the text of a whole solution. Results are told apart by its module and name only.
+        bypass: Sample nothing; every plausible token but the solution's own is a negative.
 
     Pairs:
 
@@ -98,6 +98,10 @@ class ExplorationConfig:
             value, choices = getattr(self, name), literal_values(hints[name])
             if value not in choices and not (name == "quality" and callable(value)):
                 raise ArgumentError(name, f"one of {', '.join(map(repr, choices))}", repr(value))
+        highest = max(self.threshold, *self.thresholds, -math.inf)
+        if self.quality == "likelihood" and not self.bypass and highest > 0:
+            expected = "thresholds of at most 0, since quality='likelihood' is a log-probability"
+            raise ArgumentError("threshold", expected, highest)
         if self.bypass and (self.positive == "best" or self.strategy == "quality"):
             expected = 'positive="ground_truth" and a strategy without quality, since nothing is measured'
             raise ArgumentError("bypass", expected, f"positive={self.positive!r}, strategy={self.strategy!r}")

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
+
+_FILE = "report.json"
 
 
 @dataclass
@@ -45,6 +50,22 @@ class ExplorationReport:
     def tokens_per_second(self) -> float:
         """Generated tokens per second, everything else that takes time included."""
         return self.generated_tokens / self.seconds if self.seconds else 0.0
+
+    @classmethod
+    def read(cls, directory: str | os.PathLike[str]) -> ExplorationReport:
+        """The sum over all calls of `explore` with an output directory, interrupted ones up to their last problem."""
+        path = Path(directory) / _FILE
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return cls(**{**saved, "skipped": Counter(saved.get("skipped", {}))})
+
+    def write(self, directory: str | os.PathLike[str], earlier: ExplorationReport) -> None:
+        """Save the sum with that of earlier calls where `read` finds it."""
+        total = dataclasses.replace(earlier, skipped=Counter(earlier.skipped), seconds=earlier.seconds + self.seconds)
+        total.add(dataclasses.replace(self, resumed=0))
+        path = Path(directory) / _FILE
+        staging = path.with_suffix(".tmp")
+        staging.write_text(json.dumps(dataclasses.asdict(total)), encoding="utf-8")
+        os.replace(staging, path)
 
     def add(self, other: ExplorationReport) -> None:
         """Add the counts of `other`; its time, which may have run beside this one's, is not added."""

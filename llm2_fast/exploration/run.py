@@ -58,7 +58,7 @@ def explore(
         **overrides: Single options that replace those of `config`.
 
     Returns:
-        `ExplorationReport`.
+        `ExplorationReport` of this call; `ExplorationReport.read(output_dir)` is the sum with earlier ones.
 
     Raises:
         ArgumentError: An argument is unusable, or `output_dir` holds supervision made otherwise; nothing has been
@@ -81,6 +81,7 @@ def explore(
         closing(LocalExplorer(*options) if engine == "local" else RayExplorer(*options, num_workers)) as explorer,
         ShardStore(output_dir, explorer.manifest(), SupervisionExample.from_json) as store,
     ):
+        earlier = ExplorationReport.read(output_dir)
         waiting = [problem for problem in chosen if problem.id not in store.ids]
         report.resumed = len(chosen) - len(waiting)
         with (
@@ -93,6 +94,7 @@ def explore(
             for example in examples:
                 store.append(example)
                 report.seconds = time.perf_counter() - start
+                report.write(output_dir, earlier)
                 bar.set_postfix_str(f"{report.tokens_per_second:.0f} tokens/s, {report.pairs} pairs", refresh=False)
                 bar.update()
     report.seconds = time.perf_counter() - start

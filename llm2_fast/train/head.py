@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from llm2_fast.errors import ArgumentError
+from llm2_fast.kernel_ops import pairwise_loss
 from llm2_fast.models.fingerprint import fingerprint
-from llm2_fast.reference import pairwise_loss
 from llm2_fast.train.config import TrainingConfig
 from llm2_fast.train.pairs import Pairs, collect_pairs
 from llm2_fast.train.task import Task, Trained, require_pairs

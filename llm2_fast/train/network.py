@@ -99,9 +99,9 @@ def train_network(task: Task, run: Run, arguments: TrainingArguments) -> Trained
 
     if config.epochs * -(-len(train) // config.batch_size) < 2:  # the learning rate of the first is zero
         raise ArgumentError("batch_size", f"at least two steps with {len(train)} solutions", config.batch_size)
-    trainer = _make_trainer(classifier, arguments, train)
     if arguments.process_index == 0:
-        run.begin()
+        run.begin()  # before Trainer makes the directory of checkpoints
+    trainer = _make_trainer(classifier, arguments, train)
     checkpoint = run.last_checkpoint()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     log = trainer.state.log_history

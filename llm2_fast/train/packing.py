@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from llm2_fast.errors import ArgumentError
+from llm2_fast.kernel_ops import pairwise_loss
 from llm2_fast.models.decoder import attention_windows, branch_masks
-from llm2_fast.reference import pairwise_loss
 from llm2_fast.train.examples import Example
 
 NO_PAIR = -100  # the label that transformers' Trainer does not count
