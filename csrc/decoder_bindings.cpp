@@ -34,10 +34,23 @@ std::vector<float> optional_vector(const char* name, py::handle capsule, int64_t
 
 // --- PackedLinear ----------------------------------------------------------------------------------------------------
 
+void require_shape_of_layer(const std::string& dtype, int64_t in_features, int64_t out_features, bool interleaved) {
+  if (dtype != "float32" && dtype != "bfloat16") throw argument_error("dtype", "float32 or bfloat16", dtype);
+  require_at_least("in_features", in_features, 1);
+  require_at_least("out_features", out_features, 1);
+  if (interleaved) require_equal("out_features % 2", out_features % 2, 0);
+}
+
+void require_group_size(int64_t group_size, int64_t in_features) {
+  require_at_least("group_size", group_size, 0);
+  if (group_size % 2 != 0 && group_size < in_features) {
+    throw argument_error("group_size", "an even number or at least in_features", std::to_string(group_size));
+  }
+}
+
 PackedPtr make_packed_linear(const std::vector<py::object>& weights, const std::vector<py::object>& biases,
                              bool interleaved, int num_threads, const OptionalIsa& isa, int64_t group_size) {
   require_at_least("num_threads", num_threads, 1);
-  require_at_least("group_size", group_size, 0);
   if (weights.empty() || weights.size() != biases.size() || (interleaved && weights.size() != 2)) {
     throw argument_error("weights", "one or more, as many as biases, and two to interleave",
                          std::to_string(weights.size()) + " weights, " + std::to_string(biases.size()) + " biases");
@@ -59,15 +72,46 @@ PackedPtr make_packed_linear(const std::vector<py::object>& weights, const std::
   }
   const TensorArgument& first = *tensors.front();
   require_at_least("in_features of weights", first.size(1), 1);
-  if (group_size % 2 != 0 && group_size < first.size(1)) {
-    throw argument_error("group_size", "an even number or at least in_features", std::to_string(group_size));
-  }
+  require_group_size(group_size, first.size(1));
   require_at_least("out_features of weights", first.size(0), 1);
   const Isa tier = chosen_isa(isa);
   const Arrangement arrangement = interleaved ? Arrangement::kInterleaved : Arrangement::kStacked;
   const py::gil_scoped_release release;
   return std::make_shared<PackedLinear>(float_dtype(first), views, first.size(1), arrangement, tier, num_threads,
                                         group_size);
+}
+
+PackedPtr make_unpacked(const std::string& dtype, int64_t in_features, int64_t out_features, bool interleaved,
+                        const OptionalIsa& isa, int64_t group_size) {
+  require_shape_of_layer(dtype, in_features, out_features, interleaved);
+  require_group_size(group_size, in_features);
+  return std::make_shared<PackedLinear>(dtype == "float32" ? DType::kFloat32 : DType::kBFloat16, in_features,
+                                        out_features, interleaved ? Arrangement::kInterleaved : Arrangement::kStacked,
+                                        chosen_isa(isa), group_size);
+}
+
+void pack_rows_py(PackedLinear& linear, int64_t first, const std::vector<py::object>& weights, int num_threads) {
+  require_at_least("num_threads", num_threads, 1);
+  if (!linear.packed_here()) throw argument_error("linear", "one made by unpacked", "one over buffers");
+  const size_t count = linear.arrangement() == Arrangement::kStacked ? 1 : 2;
+  require_equal("number of weights", static_cast<int64_t>(weights.size()), static_cast<int64_t>(count));
+  const int64_t out_features = linear.out_features() / static_cast<int64_t>(count);
+  std::vector<std::unique_ptr<TensorArgument>> tensors;
+  std::vector<WeightView> views;
+  for (const py::object& capsule : weights) {
+    const char* dtype = linear.dtype() == DType::kFloat32 ? "float32" : "bfloat16";
+    tensors.emplace_back(new TensorArgument("weights", capsule, {dtype}, 2));
+    const TensorArgument& weight = *tensors.back();
+    weight.require_shape({tensors.front()->size(0), linear.in_features()});
+    views.push_back({weight.data<void>(), weight.size(0), weight.stride(0), nullptr});
+  }
+  const int64_t end = first + tensors.front()->size(0), piece = linear.piece_rows();
+  if (first < 0 || first % piece != 0 || end > out_features || (end % piece != 0 && end != out_features)) {
+    throw argument_error("rows", "those from one multiple of " + std::to_string(piece) + " to another or to the end",
+                         std::to_string(first) + " to " + std::to_string(end));
+  }
+  const py::gil_scoped_release release;
+  linear.pack_rows(first, views, num_threads);
 }
 
 void require_stacked(const PackedLinear& linear) {
@@ -131,10 +175,7 @@ py::dict layout_py(const PackedLinear& linear) {
 PackedPtr packed_from_buffers(const py::dict& capsules, const std::string& dtype, int64_t in_features,
                               int64_t out_features, bool interleaved, const std::string& isa,
                               const std::array<int64_t, 3>& panel_shape, int64_t group_size) {
-  if (dtype != "float32" && dtype != "bfloat16") throw argument_error("dtype", "float32 or bfloat16", dtype);
-  require_at_least("in_features", in_features, 1);
-  require_at_least("out_features", out_features, 1);
-  if (interleaved) require_equal("out_features % 2", out_features % 2, 0);
+  require_shape_of_layer(dtype, in_features, out_features, interleaved);
   require_at_least("group_size", group_size, 0);
   using Tensors = std::vector<std::unique_ptr<TensorArgument>>;
   const auto tensors = std::make_shared<Tensors>();
@@ -519,6 +560,13 @@ void bind_decoder(py::module_& module) {
                   arg("out_features"), arg("interleaved"), arg("isa"), arg("panel_shape"), arg("group_size"),
                   "A layer over the buffers, DLPack capsules by name, and with the layout of a packed one. The weights "
                   "stay where they are.")
+      .def_static("unpacked", &make_unpacked, arg("dtype"), arg("in_features"), arg("out_features"), arg("interleaved"),
+                  arg("isa") = py::none(), arg("group_size") = 0,
+                  "A layer of zeros without a bias, for pack_rows to fill.")
+      .def("pack_rows", &pack_rows_py, arg("first"), arg("weights"), arg("num_threads"),
+           "Packs rows from `first` on of the weight or, interleaved, of both. All but the last rows come in multiples "
+           "of piece_rows.")
+      .def_property_readonly("piece_rows", &PackedLinear::piece_rows)
       .def("buffers", &buffers_py,
            "DLPack capsules by name: weights, scales of int8 ones and, if there is one, bias. Not to be written to.")
       .def_property_readonly("layout", &layout_py, "The arguments of from_buffers besides the buffers.")

@@ -191,6 +191,10 @@ def extension_of(isa):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, isa, **options)
 
+        @staticmethod
+        def unpacked(*arguments, **options):
+            return extension.PackedLinear.unpacked(*arguments, isa=isa, **options)
+
     return SimpleNamespace(**{**vars(extension), "cpu_isa": lambda: isa, "PackedLinear": PackedLinear})
 
 

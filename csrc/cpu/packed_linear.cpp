@@ -1,5 +1,6 @@
 #include "llm2_fast/packed_linear.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <new>
@@ -11,7 +12,16 @@
 #include "llm2_fast/thread_pool.h"
 
 namespace llm2_fast {
+
+// One output feature: its weights, or null for padding, and its bias.
+struct PackedLinear::Feature {
+  const void* weights;
+  float bias;
+};
+
 namespace {
+
+using Feature = PackedLinear::Feature;
 
 constexpr int64_t kVectorAlignment = 64;
 
@@ -19,11 +29,17 @@ int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// One output feature: its weights, or null for padding, and its bias.
-struct Feature {
-  const void* weights;
-  float bias;
-};
+int64_t count_features(const std::vector<WeightView>& weights) {
+  int64_t count = 0;
+  for (const WeightView& view : weights) count += view.out_features;
+  return count;
+}
+
+// Of whole panels.
+int64_t padded_features(int64_t out_features, Arrangement arrangement, const PanelShape& panel) {
+  return arrangement == Arrangement::kStacked ? round_up(out_features, panel.width)
+                                              : 2 * round_up(out_features / 2, panel.lanes);
+}
 
 std::vector<Feature> features_of(const WeightView& view, int64_t element_size) {
   std::vector<Feature> features;
@@ -88,38 +104,53 @@ AlignedBuffer::AlignedBuffer(int64_t bytes) {
 
 PackedLinear::PackedLinear(DType dtype, const std::vector<WeightView>& weights, int64_t in_features,
                            Arrangement arrangement, Isa isa, int num_threads, int64_t group_size)
-    : dtype_(dtype), isa_(isa), arrangement_(arrangement), in_features_(in_features) {
-  const KernelTable& table = kernels(isa);
-  const PanelShape panel = table.panel_shape(dtype);
-  const int64_t element_size = size_of(dtype);
-  const std::vector<Feature> features = arrange(weights, element_size, arrangement, panel);
-  bool has_bias = false;
-  out_features_ = 0;
-  for (const WeightView& view : weights) {
-    out_features_ += view.out_features;
-    has_bias |= view.bias != nullptr;
-  }
-  depth_ = round_up(in_features, panel.depth);
-  num_panels_ = static_cast<int64_t>(features.size()) / panel.width;
-  group_size_ = group_size < in_features ? group_size : depth_;
-  const int64_t weight_size = group_size_ > 0 ? 1 : element_size;
-  const std::shared_ptr<void> storage =
-      allocate_in_large_pages(static_cast<int64_t>(features.size()) * depth_ * weight_size);
-  packed_ = storage;
-  if (group_size_ > 0) scales_.resize(features.size() * static_cast<size_t>(num_groups(depth_, group_size_)));
+    : PackedLinear(dtype, in_features, count_features(weights), arrangement, isa, group_size) {
+  const std::vector<Feature> features = arrange(weights, size_of(dtype), arrangement, kernels(isa).panel_shape(dtype));
+  const bool has_bias =
+      std::any_of(weights.begin(), weights.end(), [](const WeightView& view) { return view.bias != nullptr; });
+  for (size_t i = 0; has_bias && i < features.size(); ++i) bias_.push_back(features[i].bias);
+  pack(features, 0, num_threads);
+}
 
+PackedLinear::PackedLinear(DType dtype, int64_t in_features, int64_t out_features, Arrangement arrangement, Isa isa,
+                           int64_t group_size)
+    : dtype_(dtype), isa_(isa), arrangement_(arrangement), in_features_(in_features), out_features_(out_features) {
+  const PanelShape panel = kernels(isa).panel_shape(dtype);
+  const int64_t num_features = padded_features(out_features, arrangement, panel);
+  depth_ = round_up(in_features, panel.depth);
+  num_panels_ = num_features / panel.width;
+  group_size_ = group_size < in_features ? group_size : depth_;
+  const int64_t weight_size = group_size_ > 0 ? 1 : size_of(dtype);
+  const std::shared_ptr<void> storage = allocate_in_large_pages(num_features * depth_ * weight_size);
+  packed_ = storage;
+  writable_ = storage.get();
+  if (group_size_ > 0) scales_.resize(static_cast<size_t>(num_features * num_groups(depth_, group_size_)));
+}
+
+int64_t PackedLinear::piece_rows() const {
+  const PanelShape panel = kernels(isa_).panel_shape(dtype_);
+  return arrangement_ == Arrangement::kStacked ? panel.width : panel.lanes;
+}
+
+void PackedLinear::pack_rows(int64_t first, const std::vector<WeightView>& weights, int num_threads) {
+  const PanelShape panel = kernels(isa_).panel_shape(dtype_);
+  pack(arrange(weights, size_of(dtype_), arrangement_, panel), first / piece_rows(), num_threads);
+}
+
+// Packs features in the order of the panels, from a panel on.
+void PackedLinear::pack(const std::vector<Feature>& features, int64_t first_panel, int num_threads) {
+  const KernelTable& table = kernels(isa_);
+  const int64_t width = table.panel_shape(dtype_).width, count = static_cast<int64_t>(features.size()) / width;
+  const int64_t panel_scales = scales_.empty() ? 0 : width * num_groups(depth_, group_size_);
   std::vector<const void*> rows;
-  for (const Feature& feature : features) {
-    rows.push_back(feature.weights);
-    if (has_bias) bias_.push_back(feature.bias);
-  }
-  float* scales = scales_.empty() ? nullptr : scales_.data();
-  const PackArgs args = {dtype, rows.data(), in_features, depth_, storage.get(), scales, group_size_};
-  run_parallel(num_threads, 1, [&](Worker& worker) {
-    worker.each(num_panels_, [&](RowRange panels) { table.pack_panels(args, panels); });
-  });
-  for (float scale : scales_) {
-    if (std::isnan(scale)) throw std::invalid_argument("weights: expected finite numbers, got NaN or infinity");
+  for (const Feature& feature : features) rows.push_back(feature.weights);
+  float* scales = scales_.empty() ? nullptr : scales_.data() + first_panel * panel_scales;
+  char* packed = static_cast<char*>(writable_) + first_panel * panel_bytes();
+  const PackArgs args = {dtype_, rows.data(), in_features_, depth_, packed, scales, group_size_};
+  run_parallel(num_threads, 1,
+               [&](Worker& worker) { worker.each(count, [&](RowRange panels) { table.pack_panels(args, panels); }); });
+  if (std::any_of(scales, scales + count * panel_scales, [](float scale) { return std::isnan(scale); })) {
+    throw std::invalid_argument("weights: expected finite numbers, got NaN or infinity");
   }
 }
 
@@ -137,9 +168,7 @@ PackedLinear::PackedLinear(DType dtype, int64_t in_features, int64_t out_feature
       out_features_(out_features),
       group_size_(group_size) {
   const PanelShape panel = kernels(isa).panel_shape(dtype);
-  const bool stacked = arrangement == Arrangement::kStacked;
-  const int64_t num_features =
-      stacked ? round_up(out_features, panel.width) : 2 * round_up(out_features / 2, panel.lanes);
+  const int64_t num_features = padded_features(out_features, arrangement, panel);
   depth_ = round_up(in_features, panel.depth);
   num_panels_ = num_features / panel.width;
   const bool quantized = group_size > 0;

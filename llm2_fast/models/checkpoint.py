@@ -23,7 +23,7 @@ from llm2_fast.models.spec import DecoderSpec
 _LOGGER = logging.getLogger(__name__)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CPU = torch.device("cpu")
-_CHUNK_BYTES = 1 << 24  # of a tensor that is converted while it is read
+_CHUNK_BYTES = 1 << 21  # of a tensor that is converted while it is read
 
 
 def open_checkpoint(
@@ -160,6 +160,11 @@ class CheckpointSource(ModelSource):
         with _opened(stored.path) as file:
             rows = file.get_slice(stored.name)
             return torch.cat([rows[index : index + 1] for index in indices]).to(self.dtype)
+
+    def row_range(self, parameter: nn.Parameter, first: int, end: int) -> torch.Tensor:
+        stored = self._stored[parameter]
+        with _opened(stored.path) as file:
+            return file.get_slice(stored.name)[first:end].to(self.dtype)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[PreTrainedModel]:

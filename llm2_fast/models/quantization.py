@@ -81,8 +81,12 @@ class Quantization:
         kept: dict[nn.Module, torch.Tensor] = {}
 
         def replace(module: nn.Module, args: Any) -> None:
-            kept[module] = module.weight.data
-            module.weight.data = self.round_trip(module.weight.data)
+            weight = kept[module] = module.weight.data
+            if isinstance(module, nn.Embedding):  # the rows that are looked up: memory not written to costs nothing
+                used = args[0].unique()
+                module.weight.data = torch.empty_like(weight).index_copy_(0, used, self.round_trip(weight[used]))
+            else:
+                module.weight.data = self.round_trip(weight)
 
         def restore(module: nn.Module, args: Any, output: Any) -> None:
             module.weight.data = kept.pop(module)

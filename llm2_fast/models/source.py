@@ -46,6 +46,10 @@ class ModelSource(ABC):
         """Values [len(indices), ...] of single rows of a parameter."""
 
     @abstractmethod
+    def row_range(self, parameter: nn.Parameter, first: int, end: int) -> torch.Tensor:
+        """Values [end - first, ...] of neighbouring rows of a parameter. Not to be written to."""
+
+    @abstractmethod
     def running(self) -> AbstractContextManager[PreTrainedModel]:
         """The skeleton, able to run inside the context."""
 
@@ -68,6 +72,9 @@ class MemorySource(ModelSource):
 
     def rows(self, parameter: nn.Parameter, indices: Sequence[int]) -> torch.Tensor:
         return parameter.detach()[list(indices)]
+
+    def row_range(self, parameter: nn.Parameter, first: int, end: int) -> torch.Tensor:
+        return parameter.detach()[first:end]
 
     @contextmanager
     def running(self) -> Iterator[PreTrainedModel]:

@@ -17,6 +17,7 @@ from llm2_fast.models.quantization import Quantization
 from llm2_fast.models.source import ModelSource, as_source
 from llm2_fast.models.spec import DecoderSpec, text_decoder
 
+_PIECE_BYTES = 1 << 21  # of a layer that is packed row by row
 LoraUpdate = tuple[torch.Tensor, torch.Tensor]  # A [r, in_features] and B [out_features, r] with the scaling in it
 
 
@@ -126,15 +127,37 @@ class PackedWeights:
     def _pack(
         self, source: ModelSource, name: str, linears: dict[str, nn.Linear], quantization: Quantization | None
     ) -> Any:
-        weights = [source.tensor(linear.weight) for linear in linears.values()]
-        biases = [None if linear.bias is None else source.tensor(linear.bias) for linear in linears.values()]
         group_size = 0
         if quantization is not None:
-            group_size = quantization.group_size or weights[0].shape[1]
-            for path, weight in zip(linears, weights, strict=True):
-                if not all(bound.isfinite() for bound in weight.aminmax()):
-                    raise ArgumentError("model", f"finite weights to quantize, {path}.weight too", "NaN or infinity")
-        return self._pack_tensors(weights, biases, interleaved=name.endswith("gate_up"), group_size=group_size)
+            group_size = quantization.group_size or next(iter(linears.values())).in_features
+        interleaved = name.endswith("gate_up")
+        if (interleaved or len(linears) == 1) and all(linear.bias is None for linear in linears.values()):
+            return self._pack_in_pieces(source, linears, interleaved, group_size)
+        weights = [source.tensor(linear.weight) for linear in linears.values()]
+        biases = [None if linear.bias is None else source.tensor(linear.bias) for linear in linears.values()]
+        if quantization is not None:
+            _check_finite(linears, weights)
+        return self._pack_tensors(weights, biases, interleaved=interleaved, group_size=group_size)
+
+    def _pack_in_pieces(
+        self, source: ModelSource, linears: dict[str, nn.Linear], interleaved: bool, group_size: int
+    ) -> Any:
+        """As many rows at a time as take little memory, however large the layer is."""
+        first_linear = next(iter(linears.values()))
+        out_features, in_features = first_linear.out_features, first_linear.in_features
+        packed = self._extension.PackedLinear.unpacked(
+            self.spec.dtype, in_features, out_features * len(linears), interleaved, group_size=group_size
+        )
+        row_bytes = in_features * self._dtype.itemsize
+        step = max(1, _PIECE_BYTES // (row_bytes * packed.piece_rows)) * packed.piece_rows
+        for first in range(0, out_features, step):
+            end = min(first + step, out_features)
+            pieces = [source.row_range(linear.weight, first, end) for linear in linears.values()]
+            if group_size:
+                _check_finite(linears, pieces)
+            rows = [to_dlpack(piece.to(self._dtype).contiguous()) for piece in pieces]
+            packed.pack_rows(first, rows, torch.get_num_threads())
+        return packed
 
     def _pack_tensors(
         self,
@@ -161,6 +184,12 @@ class PackedWeights:
         lora_a = self._pack_tensors([a], [None])
         lora_b = self._pack_tensors(columns, [None] * len(columns), interleaved=len(paths) == 2)
         return AdaptedLinear(weight, lora_a, lora_b)
+
+
+def _check_finite(linears: dict[str, nn.Linear], weights: list[torch.Tensor]) -> None:
+    for path, weight in zip(linears, weights, strict=True):
+        if not all(bound.isfinite() for bound in weight.aminmax()):
+            raise ArgumentError("model", f"finite weights to quantize, {path}.weight too", "NaN or infinity")
 
 
 def stack_updates(

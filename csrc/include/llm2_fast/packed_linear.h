@@ -60,6 +60,17 @@ class PackedLinear {
   PackedLinear(DType dtype, const std::vector<WeightView>& weights, int64_t in_features, Arrangement arrangement,
                Isa isa, int num_threads, int64_t group_size = 0);
 
+  // To be packed piece by piece with `pack_rows`, without a bias: weights that are too large to be had at once. Until
+  // then they are zero.
+  PackedLinear(DType dtype, int64_t in_features, int64_t out_features, Arrangement arrangement, Isa isa,
+               int64_t group_size = 0);
+
+  // Packs rows of the weights from `first` on, a multiple of `piece_rows()`: of the one weight if stacked, of both if
+  // interleaved. All pieces but the last have a multiple of `piece_rows()` rows. Throws as the constructor does.
+  void pack_rows(int64_t first, const std::vector<WeightView>& weights, int num_threads);
+  int64_t piece_rows() const;
+  bool packed_here() const { return writable_ != nullptr; }
+
   // Over the buffers of a layer that was packed with the same arguments. `weights` stay where they are, for as long as
   // this layer has `owner`. Throws std::invalid_argument unless names, dtypes, sizes and alignment are right.
   PackedLinear(DType dtype, int64_t in_features, int64_t out_features, Arrangement arrangement, Isa isa,
@@ -89,12 +100,17 @@ class PackedLinear {
   // stacked weights.
   void multiply(const void* input, int64_t rows, float* output, int num_threads) const;
 
+  struct Feature;
+
  private:
+  void pack(const std::vector<Feature>& features, int64_t first_panel, int num_threads);
+
   DType dtype_;
   Isa isa_;
   Arrangement arrangement_;
   int64_t in_features_, out_features_, depth_, num_panels_, group_size_;
   std::shared_ptr<const void> packed_;  // [num_panels * width * depth]
+  void* writable_ = nullptr;            // the same, if it was packed here
   std::vector<float> scales_, bias_;
 };
 
