@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import mmap
+import platform
 import time
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from llm2_fast import ops
 
 _BUFFER_BYTES = 1 << 30  # larger than any last-level cache
 _READS = 5
@@ -58,6 +62,14 @@ def measure_read_bandwidth() -> float:
         buffer.sum()
         seconds.append(time.perf_counter() - start)
     return _BUFFER_BYTES / min(seconds)
+
+
+def describe_machine() -> str:
+    """Processor, instruction-set tier and version of torch."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = f"{len(names)} x {names[0]}" if names else platform.processor()
+    return f"{processor}, {ops.cpu_extension().cpu_isa()}, torch {torch.__version__}"
 
 
 def parameter_bytes(module: torch.nn.Module) -> int:

@@ -120,6 +120,8 @@ def load(
     if always_verify and not (chosen is CudaBackend and isinstance(verifier, FullVerifier)):
         actual = f"the {chosen.name} backend and {'no verifier' if verifier is None else verifier.kind}"
         raise ArgumentError("always_verify", "False, or the cuda backend and a full verifier", actual)
+    if cache_packed and chosen is not CpuBackend:
+        raise ArgumentError("cache_packed", "False, or the cpu backend", f"the {chosen.name} backend")
     if process_group is not None and chosen is not CudaBackend:
         raise ArgumentError("process_group", "None, or the cuda backend", f"the {chosen.name} backend")
     options: dict[str, Any] = {"kv_cache_memory_bytes": kv_cache_memory_bytes}

@@ -352,3 +352,9 @@ def test_processes_write_and_read_at_once(saved, cache):
 def test_what_cannot_be_cached_is_refused(options, message):
     with pytest.raises(ArgumentError, match=message):
         llm2_fast.load(tiny.causal_lm("llama"), **options)
+
+
+def test_a_model_that_the_cpu_backend_cannot_run_is_refused(tmp_path):
+    tiny.causal_lm("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ArgumentError, match="cache_packed: expected False, or the cpu backend, got the reference"):
+        llm2_fast.load(tmp_path, device="cpu", cache_packed=True)

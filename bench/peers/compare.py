@@ -55,7 +55,8 @@ class Entry:
         batch_sizes: Those it is measured at.
         every: It takes part in one of so many turns at batch size 1; for slow ones.
         seconds: By batch size, of each turn.
-        facts: What the worker says of itself and of its last turn.
+        facts: What the worker says of itself.
+        candidates: Mean number of them per step, of each turn at batch size 1.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Entry:
     every: int = 1
     seconds: dict[int, list[float]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    candidates: list[float] = field(default_factory=list)
 
     def start(self) -> None:
         self.client = Client(self.worker, self.options, self.python)
@@ -74,7 +76,8 @@ class Entry:
 
     def decode(self, prompts: list[list[int]], new_tokens: int) -> float:
         answer = self.client.ask(prompts=prompts, new_tokens=new_tokens)
-        self.facts |= {key: value for key, value in answer.items() if key not in ("seconds", "tokens")}
+        if len(prompts) == 1 and answer.get("mean |C|") is not None:
+            self.candidates.append(answer["mean |C|"])
         return answer["seconds"]
 
 
@@ -85,7 +88,9 @@ def entries(files: files_module.Files, arguments: argparse.Namespace) -> list[En
     found = [Entry("llm2_fast", "none", "worker_llm2_fast", ours)]
     for kind, path in files.verifiers.items():
         found.append(Entry("llm2_fast", kind, "worker_llm2_fast", {**ours, "verifier": str(path)}))
-    found.append(Entry("llm2_fast int8", "none", "worker_llm2_fast", {**ours, "quantization": "int8"}))
+    for quantization in ("int8", "int8-group32"):
+        options = {**ours, "quantization": quantization}
+        found.append(Entry(f"llm2_fast {quantization}", "none", "worker_llm2_fast", options))
     found.append(Entry("transformers", "none", "worker_transformers", ours, (1, 8), every=_SLOW))
     for kind in ("head", "full"):
         options = {**ours, "verifier": str(files.verifiers[kind])}
@@ -103,12 +108,14 @@ def entries(files: files_module.Files, arguments: argparse.Namespace) -> list[En
     return found
 
 
-def measure(found: list[Entry], prompts: list[list[int]], new_tokens: int, rounds: int) -> None:
-    """Let the entries take turns."""
+def measure(found: list[Entry], prompts: list[list[int]], new_tokens: int, rounds: int) -> list[float]:
+    """Let the entries take turns. Returns the read bandwidths before, between and after the batch sizes."""
+    bandwidth = [harness.measure_read_bandwidth()]
     for batch_size in BATCH_SIZES:
         measured = [entry for entry in found if batch_size in entry.batch_sizes]
         for entry in measured:
             entry.decode((prompts * batch_size)[:batch_size], 4)  # warm-up: caches of this size exist from here on
+            entry.candidates.clear()
         repeated = prompts * -(-batch_size // len(prompts))
         for _ in range(rounds):
             for first in range(0, len(repeated), batch_size):
@@ -119,28 +126,34 @@ def measure(found: list[Entry], prompts: list[list[int]], new_tokens: int, round
                     seconds = entry.decode(repeated[first : first + batch_size], new_tokens)
                     entry.seconds.setdefault(batch_size, []).append(seconds)
             print(f"batch size {batch_size}: a round is done", file=sys.stderr)
+        bandwidth.append(harness.measure_read_bandwidth())
+    return bandwidth
 
 
-def report(found: list[Entry], new_tokens: int, arguments: argparse.Namespace, bandwidth: float) -> str:
+def report(found: list[Entry], num_prompts: int, arguments: argparse.Namespace, bandwidths: list[float]) -> str:
     """The table, in Markdown."""
+    new_tokens = arguments.new_tokens
     columns = ["engine", "verifier", *(f"batch {size}" for size in BATCH_SIZES), "x plain", "mean |C|"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     plain = speed(found[0], 1, new_tokens)
     for entry in found:
         speeds = [f"{speed(entry, size, new_tokens):.1f}" if size in entry.seconds else "" for size in BATCH_SIZES]
         ratio = f"{speed(entry, 1, new_tokens) / plain:.2f}"
-        candidates = entry.facts.get("mean |C|")
-        lines.append(f"| {entry.name} | {entry.verifier} | {' | '.join(speeds)} | {ratio} | {candidates or '-'} |")
+        candidates = f"{statistics.mean(entry.candidates):.2f}" if entry.candidates else "-"
+        lines.append(f"| {entry.name} | {entry.verifier} | {' | '.join(speeds)} | {ratio} | {candidates} |")
+    bandwidth = statistics.median(bandwidths[:2])  # around batch size 1, which it bounds
     floor = bandwidth / files_module.WEIGHT_BYTES
+    turns = ", ".join(f"{len(found[0].seconds[size])} of {size}" for size in BATCH_SIZES)
     versions = ", ".join(sorted({entry.facts["engine"] for entry in found}))
     return "\n".join(
         [
             *lines,
             "",
-            f"Tokens per second of all sequences, {new_tokens} new tokens per prompt, prefill included; medians over "
-            f"{PROMPTS} prompts x {arguments.rounds} at batch size 1, of every {_SLOW}th for transformers. "
-            f"{arguments.threads} threads. {versions}.",
-            f"Read bandwidth {bandwidth / 1e9:.1f} GB/s (median of three, before, between and after): one sweep over "
+            f"Tokens per second of all sequences, {new_tokens} new tokens per prompt, prefill included, {num_prompts} "
+            f"prompts; medians over the turns ({turns} prompts), of every {_SLOW}th at batch size 1 for transformers. "
+            f"{harness.describe_machine()}; {arguments.threads} threads. {versions}.",
+            f"Read bandwidth {', '.join(f'{value / 1e9:.1f}' for value in bandwidths)} GB/s (before and after each "
+            f"batch size). With the {bandwidth / 1e9:.1f} around batch size 1, one sweep over "
             f"the {files_module.WEIGHT_BYTES / 1e6:.0f} MB of bfloat16 weights per token allows {floor:.1f} tokens/s; "
             f"plain decoding at batch size 1 reaches {100 * plain / floor:.0f} % of it.",
         ]
@@ -188,16 +201,20 @@ def main() -> None:
     found = entries(files, arguments)
     for entry in found:
         entry.start()
-    bandwidth = [harness.measure_read_bandwidth()]
-    measure(found, prompts, arguments.new_tokens, arguments.rounds)
-    bandwidth += [harness.measure_read_bandwidth() for _ in range(2)]
+    bandwidth = measure(found, prompts, arguments.new_tokens, arguments.rounds)
     for entry in found:
         entry.client.close()
-    table = report(found, arguments.new_tokens, arguments, statistics.median(bandwidth))
+    table = report(found, len(prompts), arguments, bandwidth)
     print(table)
     (arguments.output / "table.md").write_text(table + "\n")
     rows = [
-        {**vars(entry)["facts"], "name": entry.name, "verifier": entry.verifier, "seconds": entry.seconds}
+        {
+            **entry.facts,
+            "candidates": entry.candidates,
+            "name": entry.name,
+            "verifier": entry.verifier,
+            "seconds": entry.seconds,
+        }
         for entry in found
     ]
     (arguments.output / "results.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -52,7 +52,8 @@ class PackedFile:
 
     Attributes:
         path: Of the file, in `packed` below the cache directory. It depends on the checkpoint's place, its dtype,
-            quantization and the tier, so a checkpoint that changes does not leave files behind.
+            quantization and the tier, so a directory whose checkpoint changes does not leave files behind; every
+            revision of a hub id has a place of its own.
     """
 
     def __init__(
