@@ -7,6 +7,7 @@ import re
 import threading
 from dataclasses import dataclass
 from fractions import Fraction
+from types import ModuleType
 from typing import Any, Literal
 
 from llm2_fast.errors import ArgumentError, MissingDependencyError
@@ -139,6 +140,18 @@ class GoldAnswer:
             )
         return cls(text, "number" if span is not boxed and _is_number(text) else "math")
 
+    @property
+    def is_readable(self) -> bool:
+        """Answers can be compared with its value, not only with its letters.
+
+        Raises:
+            MissingDependencyError: It is no number and `math-verify` is not installed.
+        """
+        if self.kind == "number":
+            return parse_number(self.text) is not None
+        _import_math_verify()
+        return any(not isinstance(parsed, str) for parsed in _parse(self.text))
+
     def is_right(self, solution: str, *, complete: bool = True) -> bool:
         """Whether the final answer of `solution` is this one; see `extract_answer` and `answers_equal`."""
         answer = extract_answer(solution, complete=complete)
@@ -178,20 +191,22 @@ def _last_boxed(text: str) -> Span | None:
 
 
 def _equivalent(answer: str, gold: str) -> bool:
-    try:
-        import math_verify
-    except ImportError as error:
-        raise MissingDependencyError(
-            "comparing mathematical expressions needs: pip install 'llm2-fast[eval]'"
-        ) from error
+    math_verify = _import_math_verify()
     return math_verify.verify(_parse(gold), _parse(answer), timeout_seconds=_time_limit())
 
 
 @functools.lru_cache(maxsize=4096)
 def _parse(expression: str) -> list[Any]:
-    import math_verify
+    """What `math-verify` makes of it: the value, if it can be read, and the text."""
+    return _import_math_verify().parse(f"\\boxed{{{expression}}}", parsing_timeout=_time_limit())
 
-    return math_verify.parse(f"\\boxed{{{expression}}}", parsing_timeout=_time_limit())
+
+def _import_math_verify() -> ModuleType:
+    try:
+        import math_verify
+    except ImportError as error:
+        raise MissingDependencyError("reading mathematical expressions needs: pip install 'llm2-fast[eval]'") from error
+    return math_verify
 
 
 def _time_limit() -> int | None:

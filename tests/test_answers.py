@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llm2_fast import ArgumentError
 from llm2_fast.answers import GoldAnswer, answers_equal, extract_answer, parse_number
-from llm2_fast.problems import Problem
+from llm2_fast.problems import Problem, load_problems
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,36 @@ def test_a_text_with_numbers_is_an_expression(gold, right, wrong):
 @pytest.mark.parametrize("text", ["3pi", "3 pi", "2xy", "minus 5", "5 - 3", "3:30", "5 m", "log 5", "- 5"])
 def test_what_is_perhaps_no_number_is_an_expression(text):
     assert GoldAnswer.parse(text).kind == "math"
+
+
+@pytest.mark.parametrize(
+    ("entry", "answer", "gold"),
+    [
+        ({"solution": r"So \boxed{\frac{1}{2}}."}, r"So \boxed{\frac{1}{2}}.", GoldAnswer(r"\frac{1}{2}", "math")),
+        ({"solution": r"So \boxed{3}.", "answer": "3"}, r"So \boxed{3}.", GoldAnswer("3", "math")),
+        ({"solution": "Two and\none.", "answer": " 3 "}, "Two and\none.\n#### 3", GoldAnswer("3", "number")),
+        ({"answer": r"\frac{1}{2}"}, r"\frac{1}{2}", GoldAnswer(r"\frac{1}{2}", "math")),
+        ({"question": "q", "answer": "3", "solution": r"\boxed{4}"}, "3", GoldAnswer("3", "number")),
+    ],
+)
+def test_the_keys_of_math(entry, answer, gold):
+    (problem,) = load_problems([{"problem": "q", "level": "Level 5", **entry}])
+    assert problem == Problem("q", answer)
+    assert problem.gold == gold
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"problem": " ", "solution": "s"}, r"problems\[0\].problem: expected non-empty text"),
+        ({"problem": "p"}, r"problems\[0\].answer: expected non-empty text"),
+        ({"problem": "p", "solution": 3}, r"problems\[0\].solution: expected non-empty text"),
+        ({"problem": "p", "solution": "no box", "answer": 3}, r"problems\[0\].answer: expected non-empty text"),
+    ],
+)
+def test_unusable_keys_of_math(entry, message):
+    with pytest.raises(ArgumentError, match=message):
+        load_problems([entry])
 
 
 @pytest.mark.parametrize("reference", ["", "  ", r"\boxed{}", r"\boxed{ }"])

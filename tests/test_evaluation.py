@@ -367,6 +367,29 @@ def test_few_shot_prompts_are_text_and_stop_before_another_problem(tmp_path):
         evaluate(engine(), PROBLEMS[:2], tmp_path, examples=arithmetic.problems(3, seed=7), **GREEDY)
 
 
+def test_boxed_gold_answers_are_compared_as_expressions(tmp_path, monkeypatch):
+    pytest.importorskip("math_verify")
+    problems = [
+        {"problem": "1 + 2", "solution": r"It is $\boxed{\frac{1}{2}}$.", "level": "Level 1"},
+        {"problem": "2 + 1", "solution": r"So \boxed{\left( 3, \frac{\pi}{2} \right)}."},
+        {"problem": "1 + 1", "solution": "There are two.", "answer": r"2\sqrt{3}"},
+    ]
+    says = {
+        False: ["The answer is 1.", "3", "2"],
+        True: ["0.5", r"\boxed{(3, \frac{\pi}{2})}", r"The answer is \sqrt{12}."],
+    }
+    monkeypatch.setattr(
+        llm2_fast.Engine,
+        "generate",
+        lambda self, prompts, config, request_ids: [
+            Generation(prompt, [Sample([5], text, "eos")])
+            for prompt, text in zip(prompts, says[self is engine()], strict=True)
+        ],
+    )
+    report = evaluate(engine(), problems, tmp_path, **GREEDY)
+    assert [arm.metrics["pass@1"].mean for arm in report.arms] == [0.0, 1.0]
+
+
 def test_without_a_verifier_there_is_plain_decoding_only(tmp_path):
     report = evaluate(engine(verified=False), PROBLEMS, tmp_path, **SAMPLED)
     assert [arm.name for arm in report.arms] == ["plain"]

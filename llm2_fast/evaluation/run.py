@@ -63,7 +63,7 @@ def evaluate(
     Args:
         engine: With a verifier; without one plain decoding alone is measured. Plain decoding gets a second engine over
             the same model, `Engine.without_verifier`.
-        problems: The path of a JSON-lines file with `question` and `answer`, or mappings. Duplicates count once.
+        problems: The path of a JSON-lines file, or mappings; see `load_problems`. Duplicates count once.
         output_dir: Gets a manifest, shards of records, `report.json` and `report.md`.
         config: Options; the defaults if None. With `n` samples per problem, pass@k and maj@k are measured; with
             `trace`, margins between the verifier's scores are recorded, which takes time in every step.
