@@ -63,8 +63,8 @@ ProblemSource = str | os.PathLike[str] | Iterable[Problem | Mapping[str, Any]]
 def load_problems(source: ProblemSource) -> list[Problem]:
     r"""Problems from a JSON-lines file, or from mappings.
 
-    Each has `question` and `answer`, or MATH's keys: `problem`, and `solution` with the final answer in `\boxed{}` or else
-    in the field `answer`, which may also stand alone.
+    Each has `question` and `answer`, or MATH's keys: `problem`, and `solution` with the final answer in `\boxed{}` or
+    else in the field `answer`, which may also stand alone.
 
     Raises:
         ArgumentError: The file is missing, a line is no JSON object, or a field is missing or not text.

@@ -101,9 +101,10 @@ def evaluate(
                 store.append(record)
                 bar.update()
     report = summarize(arms, _read_records(output_dir, chosen, arms), config.seed)
+    report = replace(report, failures=find_failures(report))
     (output_dir / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     (output_dir / "report.md").write_text(to_markdown(report), encoding="utf-8")
-    for failure in find_failures(report):
+    for failure in report.failures:
         if failure.kind == "harmful":
             _LOGGER.warning("the verifier is actively harmful: %s", failure.message)
     return report
