@@ -7,6 +7,7 @@ import re
 import threading
 from dataclasses import dataclass
 from fractions import Fraction
+from types import ModuleType
 from typing import Any, Literal
 
 from llm2_fast.errors import ArgumentError, MissingDependencyError
@@ -15,13 +16,23 @@ AnswerKind = Literal["number", "math"]
 
 _MARKED = re.compile(r"####[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 _BOXED = re.compile(r"\\f?box(?:ed)?\s*\{")
-_STATED = re.compile(  # perhaps in bold
-    r"\banswer is[ \t]*:?[ \t*]*([^\s*].*?)[ \t*]*(?:\.\**(?=\s|$)|$)", re.IGNORECASE | re.MULTILINE
+_STATED = re.compile(  # perhaps in a line of its own, in bold or as a displayed formula
+    r"\banswer is(?:[\s*:]|\$\$|\\[(\[])*(?![\s*:]|\$\$|\\[(\[]|\.(?:\s|$))(.+?)"
+    r"(?:[ \t*]|\$\$|\\[)\]])*(?:\.\**(?=\s|$)|$)",
+    re.IGNORECASE | re.MULTILINE,
 )
 # A minus sign belongs to a number only if no operand stands before it, and digits inside a word (x2) are no number.
 _SIGN = r"(?:(?<![\w)])-)?(?:\$\s?)?"
 _NUMBER = re.compile(rf"{_SIGN}(?:(?<!\w)(?<!\d\.)(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)")
 _FRACTION = re.compile(r"\s*/\s*(\d+)")
+# What may stand around a number: words of two letters or more, since one letter may be a variable.
+_UNITS = re.compile(
+    r"(?:[\s.,%$\u20ac\u00a3\u00a5\u20b9\u00b0]|\u00b0[CF]\b"
+    r"|(?<![\w/'-])(?!(?:pi|root|sqrt|sin|cos|tan|log|ln|exp|mod|plus|minus|negative|times|over|factorial)\b)"
+    r"[^\W\d_]{2,}(?:[-/'\u2019][^\W\d_]+)*)*"
+)
+_LATEX_FRACTION = re.compile(r"(?<![\w)}])\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+_OPERATION = re.compile(r"\\(?:[dt]?frac|[dt]?binom|sqrt|pi|cdot|times|div|pm|infty|log|ln|sin|cos|tan)(?![a-zA-Z])")
 _TIMEOUT_SECONDS = 5
 
 
@@ -68,11 +79,12 @@ def parse_number(text: str) -> Fraction | None:
     """The exact value of an answer that is a number, None if it is none.
 
     Units, a currency sign, thousands separators and a percent sign are ignored ("$1,234.50 per day" is 1234.5), of an
-    equation the right side counts ("3 + 4 = 7 apples" is 7), and a/b is a fraction.
+    equation the right side counts ("3 + 4 = 7 apples" is 7), and a/b is a fraction, as is \\frac{a}{b}. With another
+    operation of LaTeX the text is no number.
     """
-    text = text.rpartition("=")[2].replace("\N{MINUS SIGN}", "-").replace("\\$", "$")
+    text = _LATEX_FRACTION.sub(r"\1/\2", _plain(text.rpartition("=")[2]))
     match = _NUMBER.search(text)
-    if match is None:
+    if match is None or _OPERATION.search(text):
         return None
     value = Fraction(re.sub(r"[,$\s]", "", match.group()))
     if (fraction := _FRACTION.match(text, match.end())) is not None:
@@ -113,7 +125,8 @@ class GoldAnswer:
     def parse(cls, reference: str) -> GoldAnswer:
         r"""The gold answer of a problem's `answer` field: what follows `####`, or `\boxed{}`, or the whole field.
 
-        Kind "math" if it is boxed or no number, else "number".
+        Kind "number" if it is a number with nothing but a currency, a percent sign or units around it, and not boxed;
+        else "math".
 
         Raises:
             ArgumentError: There is no answer in it.
@@ -125,12 +138,39 @@ class GoldAnswer:
             raise ArgumentError(
                 "answer", r"a final answer after ####, in \boxed{} or as the whole field", repr(reference)
             )
-        return cls(text, "math" if span is boxed or parse_number(text) is None else "number")
+        return cls(text, "number" if span is not boxed and _is_number(text) else "math")
+
+    @property
+    def is_readable(self) -> bool:
+        """Answers can be compared with its value, not only with its letters.
+
+        Raises:
+            MissingDependencyError: It is no number and `math-verify` is not installed.
+        """
+        if self.kind == "number":
+            return parse_number(self.text) is not None
+        _import_math_verify()
+        return any(not isinstance(parsed, str) for parsed in _parse(self.text))
 
     def is_right(self, solution: str, *, complete: bool = True) -> bool:
         """Whether the final answer of `solution` is this one; see `extract_answer` and `answers_equal`."""
         answer = extract_answer(solution, complete=complete)
         return answer is not None and answers_equal(answer, self.text, self.kind)
+
+
+def _plain(text: str) -> str:
+    """Minus, dollar and percent signs as keyboards have them."""
+    return text.replace("\N{MINUS SIGN}", "-").replace("\\$", "$").replace("\\%", "%")
+
+
+def _is_number(text: str) -> bool:
+    """The text is one number, or a fraction a/b, with units around it: "x^2 + 3" only contains some."""
+    text = _plain(text)
+    match = _NUMBER.search(text)
+    if match is None or parse_number(text) is None:
+        return False
+    end = (_FRACTION.match(text, match.end()) or match).end()
+    return all(_UNITS.fullmatch(text, *part) for part in ((0, match.start()), (end, len(text))))
 
 
 def _last_group(pattern: re.Pattern[str], text: str) -> Span | None:
@@ -151,20 +191,22 @@ def _last_boxed(text: str) -> Span | None:
 
 
 def _equivalent(answer: str, gold: str) -> bool:
-    try:
-        import math_verify
-    except ImportError as error:
-        raise MissingDependencyError(
-            "comparing mathematical expressions needs: pip install 'llm2-fast[eval]'"
-        ) from error
+    math_verify = _import_math_verify()
     return math_verify.verify(_parse(gold), _parse(answer), timeout_seconds=_time_limit())
 
 
 @functools.lru_cache(maxsize=4096)
 def _parse(expression: str) -> list[Any]:
-    import math_verify
+    """What `math-verify` makes of it: the value, if it can be read, and the text."""
+    return _import_math_verify().parse(f"\\boxed{{{expression}}}", parsing_timeout=_time_limit())
 
-    return math_verify.parse(f"\\boxed{{{expression}}}", parsing_timeout=_time_limit())
+
+def _import_math_verify() -> ModuleType:
+    try:
+        import math_verify
+    except ImportError as error:
+        raise MissingDependencyError("reading mathematical expressions needs: pip install 'llm2-fast[eval]'") from error
+    return math_verify
 
 
 def _time_limit() -> int | None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from llm2_fast.errors import ArgumentError
+from llm2_fast.errors import ArgumentError, MissingDependencyError
 from llm2_fast.problems import Problem, parse_problem
 from llm2_fast.prompts import chat_template_hash, encode_prompt
 from llm2_fast.supervision import (
@@ -29,6 +29,7 @@ Entry = Problem | SupervisionExample
 
 _OVERLAP = 13  # words in a row that no two independent questions share
 _LONG_ANSWER = 60  # characters; a whole field that is longer was hardly meant as a final answer
+_PLACEHOLDERS = ("n/a", "na", "nan", "none", "null", "tbd", "todo")  # `math-verify` reads letters as a product
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class DataCheck:
     Attributes:
         findings: So far.
         num_entries: Problems and examples read.
+        num_unread_answers: Gold answers that are expressions, so that only `math-verify` can read them, where it is not
+            installed.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -63,6 +66,7 @@ class DataCheck:
     def __post_init__(self) -> None:
         self.findings: list[Finding] = []
         self.num_entries = 0
+        self.num_unread_answers = 0
 
     def check(self, paths: Iterable[str | os.PathLike[str]], test_paths: Iterable[str | os.PathLike[str]] = ()) -> None:
         """Check files (or directories of supervision) for training, and that nothing of the test files is in them.
@@ -121,6 +125,15 @@ class DataCheck:
             self._add(
                 "gold answer", where, f"no final answer is marked, so it is the whole field: {gold.text[:40]!r} …"
             )
+            return
+        if gold.text.casefold() in _PLACEHOLDERS:
+            self._add("gold answer", where, f"stands for no answer: {gold.text!r}")
+            return
+        try:
+            if not gold.is_readable:
+                self._add("gold answer", where, f"math-verify cannot read it: {gold.text!r}")
+        except MissingDependencyError:
+            self.num_unread_answers += 1
 
     def _check_example(self, where: str, example: SupervisionExample, own_tokens: bool) -> None:
         for pair in example.samples:

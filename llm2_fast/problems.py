@@ -61,7 +61,10 @@ ProblemSource = str | os.PathLike[str] | Iterable[Problem | Mapping[str, Any]]
 
 
 def load_problems(source: ProblemSource) -> list[Problem]:
-    """Problems from a JSON-lines file with `question` and `answer`, or from mappings with these keys.
+    r"""Problems from a JSON-lines file, or from mappings.
+
+    Each has `question` and `answer`, or MATH's keys: `problem`, and `solution` with the final answer in `\boxed{}` or
+    else in the field `answer`, which may also stand alone.
 
     Raises:
         ArgumentError: The file is missing, a line is no JSON object, or a field is missing or not text.
@@ -115,7 +118,19 @@ def _parse(entry: Problem | Mapping[str, Any], where: str) -> Problem:
         return entry
     if not isinstance(entry, Mapping):
         raise ArgumentError(where, "an object with question and answer", type(entry).__name__)
-    for field in ("question", "answer"):
-        if not isinstance(entry.get(field), str) or not entry[field].strip():
-            raise ArgumentError(f"{where}.{field}", "non-empty text", entry.get(field))
-    return Problem(entry["question"], entry["answer"])
+    if "problem" not in entry or "question" in entry:
+        return Problem(_text(entry, "question", where), _text(entry, "answer", where))
+    question = _text(entry, "problem", where)
+    if "solution" not in entry:
+        return Problem(question, _text(entry, "answer", where))
+    problem = Problem(question, _text(entry, "solution", where))
+    if "answer" not in entry or problem.has_solution:  # the final answer is in the solution
+        return problem
+    final = " ".join(_text(entry, "answer", where).split())
+    return Problem(question, f"{problem.answer.rstrip()}\n#### {final}")
+
+
+def _text(entry: Mapping[str, Any], field: str, where: str) -> str:
+    if not isinstance(entry.get(field), str) or not entry[field].strip():
+        raise ArgumentError(f"{where}.{field}", "non-empty text", entry.get(field))
+    return entry[field]

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from llm2_fast.evaluation.arms import PLAIN, TRUNCATED
-from llm2_fast.evaluation.markdown import percent
+from llm2_fast.evaluation.markdown import percent, verdicts
 from llm2_fast.evaluation.plots import check_matplotlib
 from llm2_fast.evaluation.report import ACCURACY, ArmReport, EvaluationReport
 from recipes.experiment import PAPER_BETA
@@ -49,6 +49,7 @@ def write_report(stages: Stages, kinds: Iterable[str]) -> str:
             ("System 2", "beta", "pass@1", "maj@n", "maj@n over plain", "maj@n over beta 0", "best@n of plain"),
             _sampled_rows(stages, kinds),
         ),
+        "\n".join(_verdicts(stages, kinds)),
         table(("stage", "seconds"), ((name, f"{seconds:.0f}") for name, seconds in stages.seconds.items())),
     ]
     text = "\n\n".join(sections) + "\n"
@@ -71,8 +72,7 @@ def evaluation(stages: Stages, name: str) -> EvaluationReport:
 
 def steered_arms(report: EvaluationReport) -> list[ArmReport]:
     """The arms in which the verifier takes part, by beta."""
-    arms = [arm for arm in report.arms if arm.settings and arm.settings["beta"] > 0]
-    return sorted(arms, key=lambda arm: arm.settings["beta"])
+    return sorted(report.steered_arms, key=lambda arm: arm.settings["beta"])
 
 
 def _surroundings(exploration: dict[str, Any]) -> str:
@@ -125,6 +125,14 @@ def _sampled_rows(stages: Stages, kinds: list[str]) -> Iterator[tuple[str, ...]]
             )
             right = (percent(arm.metrics[metric]) for metric in (ACCURACY, majority))
             yield kind, f"{arm.settings['beta']:g}", *right, *gains, best
+
+
+def _verdicts(stages: Stages, kinds: list[str]) -> Iterator[str]:
+    """Signs of a verifier that fails, or that there are none, of every evaluation on the test split."""
+    names = [f"{decoding}, {kind}" for decoding in ("greedy", "sampled") for kind in kinds]
+    for name in [*names, "greedy, full on control"]:
+        if name in stages.seconds:
+            yield from (f"- {name}: {verdict}" for verdict in verdicts(evaluation(stages, name)))
 
 
 def plot_betas(stages: Stages, kinds: Iterable[str], path: Path) -> None:

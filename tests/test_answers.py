@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llm2_fast import ArgumentError
 from llm2_fast.answers import GoldAnswer, answers_equal, extract_answer, parse_number
-from llm2_fast.problems import Problem
+from llm2_fast.problems import Problem, load_problems
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,16 @@ from llm2_fast.problems import Problem
         ("The answer is **72.** Good bye 7", "72"),
         ("The answer is: **2*3**", "2*3"),
         ("The answer is: 3.5. There are 12 months.", "3.5"),
+        ("The answer is:\n42", "42"),
+        ("The answer is:\n\n$42$", "$42$"),
+        ("The answer is\n\n**42**\n\nThere are 12 months.", "42"),
+        ("The answer is:\n$$\n\\frac{1}{2}\n$$", r"\frac{1}{2}"),
+        (r"The answer is: \[ 2x + 1 \].", "2x + 1"),
+        (r"The final answer is \(42\).", "42"),
+        ("The answer is: .5", ".5"),
+        ("12 months, but the answer is:", "12"),
+        ("12 months, but nobody knows what the answer is.", "12"),
+        ("The answer is: **", None),
         ("the answer is $1,234.50 per day.\nGood bye 7", "$1,234.50 per day"),
         ("She has 3 apples and 12 pears", "12"),
         ("20 - 5 = 15", "15"),
@@ -54,6 +64,9 @@ def test_the_last_number_of_a_text_that_was_cut_is_no_answer():
         ("$1,234.50 per day", Fraction("1234.5")),
         ("3/4", Fraction(3, 4)), ("-3 / 4 cups", Fraction(-3, 4)), ("3 + 4 = 7 apples", 7), (r"\$18", 18),
         ("1/0", None), ("none", None), ("", None), ("=", None), (".5", Fraction(1, 2)),
+        (r"\frac{3}{56}", Fraction(3, 56)), (r"-\dfrac{1}{2}", Fraction(-1, 2)), (r"\frac{1}{0}", None),
+        (r"2\frac{1}{2}", None), (r"2\sqrt{3}", None), (r"3\pi", None),
+        (r"72 \text{ clips}", 72), (r"$3 \times 4 = 12$", 12),
     ],
 )  # fmt: skip
 def test_numbers(text, value):
@@ -81,10 +94,90 @@ def test_numbers_survive_formatting(value, form):
         (r"Therefore, $r = \boxed{3}.$The answer is: 3", GoldAnswer("3", "math")),
         (r"\boxed{(-\infty, 2)}", GoldAnswer(r"(-\infty, 2)", "math")),
         ("Evelyn", GoldAnswer("Evelyn", "math")),
+        (r"#### \frac{1}{2}", GoldAnswer(r"\frac{1}{2}", "math")),
     ],
 )
 def test_gold_answers(reference, gold):
     assert GoldAnswer.parse(reference) == Problem("q", reference).gold == gold
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "7", "-7", "\N{MINUS SIGN}7", "1,234", "$5", "-$5", r"\$18", "$1,234.50 per day", ".5",
+        "\u20ac5", "5 \u20ac", "USD 5",
+        "12 apples", "12 apples.", "50%", r"50\%", "3/4", "-3 / 4 cups",
+        "60 km/h", "20 \u00b0C", "$42$",
+    ],
+)  # fmt: skip
+def test_a_number_with_units_is_one(text):
+    assert GoldAnswer.parse(text).kind == GoldAnswer.parse(f"#### {text}").kind == "number"
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        (r"\frac{3}{56}", r"\frac{3}{56}", "3"),
+        (r"\frac{3}{56}", "3/56", "56"),
+        ("x^2 + 3", "3 + x^2", "2"),
+        ("6 - 5i", "-5i + 6", "6"),
+        (r"2\sqrt{3}", r"\sqrt{12}", "2"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \frac{\pi}{2})", "3"),
+        (r"11\sqrt2", r"11\sqrt{2}", "11"),
+        ("2 x", "2x", "2"),
+        ("5!", "120", "5"),
+        ("3 1/2", "3 1/2", "3"),
+        ("10,15", "15,10", "10"),
+        (r"90^\circ", "90", "9"),
+        (r"x \in [-2,7]", "[-2,7]", "7"),
+        ("x = 5", "5", "6"),
+        (r"\text{(C)}", "(C)", "(D)"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "2"),
+    ],
+)
+def test_a_text_with_numbers_is_an_expression(gold, right, wrong):
+    parsed = GoldAnswer.parse(gold)
+    assert parsed == GoldAnswer(gold, "math")
+    pytest.importorskip("math_verify")
+    assert parsed.is_right(f"The answer is {right}.")
+    assert parsed.is_right(f"So we have $\\boxed{{{right}}}$.")
+    assert not parsed.is_right(f"The answer is {wrong}.")
+    assert not parsed.is_right(f"So we have $\\boxed{{{wrong}}}$.")
+
+
+@pytest.mark.parametrize("text", ["3pi", "3 pi", "2xy", "minus 5", "5 - 3", "3:30", "5 m", "log 5", "- 5"])
+def test_what_is_perhaps_no_number_is_an_expression(text):
+    assert GoldAnswer.parse(text).kind == "math"
+
+
+@pytest.mark.parametrize(
+    ("entry", "answer", "gold"),
+    [
+        ({"solution": r"So \boxed{\frac{1}{2}}."}, r"So \boxed{\frac{1}{2}}.", GoldAnswer(r"\frac{1}{2}", "math")),
+        ({"solution": r"So \boxed{3}.", "answer": "3"}, r"So \boxed{3}.", GoldAnswer("3", "math")),
+        ({"solution": "Two and\none.", "answer": " 3 "}, "Two and\none.\n#### 3", GoldAnswer("3", "number")),
+        ({"answer": r"\frac{1}{2}"}, r"\frac{1}{2}", GoldAnswer(r"\frac{1}{2}", "math")),
+        ({"question": "q", "answer": "3", "solution": r"\boxed{4}"}, "3", GoldAnswer("3", "number")),
+    ],
+)
+def test_the_keys_of_math(entry, answer, gold):
+    (problem,) = load_problems([{"problem": "q", "level": "Level 5", **entry}])
+    assert problem == Problem("q", answer)
+    assert problem.gold == gold
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"problem": " ", "solution": "s"}, r"problems\[0\].problem: expected non-empty text"),
+        ({"problem": "p"}, r"problems\[0\].answer: expected non-empty text"),
+        ({"problem": "p", "solution": 3}, r"problems\[0\].solution: expected non-empty text"),
+        ({"problem": "p", "solution": "no box", "answer": 3}, r"problems\[0\].answer: expected non-empty text"),
+    ],
+)
+def test_unusable_keys_of_math(entry, message):
+    with pytest.raises(ArgumentError, match=message):
+        load_problems([entry])
 
 
 @pytest.mark.parametrize("reference", ["", "  ", r"\boxed{}", r"\boxed{ }"])
@@ -101,6 +194,8 @@ def test_right_answers():
     assert not gold.is_right("The answer is 18.5.")
     assert not gold.is_right("The answer is unknown.")
     assert not gold.is_right("")
+    assert not gold.is_right(r"\boxed{\frac{18}{56}}")
+    assert not gold.is_right(r"The answer is 18\sqrt{3}.")
 
 
 @pytest.mark.parametrize(

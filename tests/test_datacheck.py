@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import pytest
 
@@ -98,6 +99,34 @@ def test_missing_gold_answers_are_found(tmp_path):
     )
     checker = check(path)
     assert [(f.kind, f.where) for f in checker.findings] == [("gold answer", f"{path}:{i}") for i in (1, 2)]
+
+
+def expressions(path, *answers):
+    return write(path, [{"question": f"q{i}", "answer": answer} for i, answer in enumerate(answers)])
+
+
+def test_gold_answers_that_cannot_be_read_are_found(tmp_path):
+    pytest.importorskip("math_verify")
+    good = [r"\frac{3}{56}", r"so \boxed{2\sqrt{3}}", r"\text{(C)}", "Evelyn", "#### 7", "12 apples"]
+    bad = ["n/a", "@@@", r"\boxed{\frac{3}}", "#### ???", r"\boxed{None}"]
+    path = expressions(tmp_path / "p.jsonl", *good, *bad)
+    checker = check(path)
+    lines = range(len(good) + 1, len(good) + len(bad) + 1)
+    assert [(f.kind, f.where) for f in checker.findings] == [("gold answer", f"{path}:{line}") for line in lines]
+    unread = r"math-verify cannot read it: '\\frac{3}'"
+    assert [f.detail for f in checker.findings][:3:2] == ["stands for no answer: 'n/a'", unread]
+    assert checker.num_unread_answers == 0
+
+
+def test_without_math_verify_it_is_said_how_many_gold_answers_were_not_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    path = expressions(tmp_path / "p.jsonl", "@@@", r"\boxed{2\sqrt{3}}", "7", "n/a")
+    checker = check(path)
+    assert (kinds(checker), checker.num_unread_answers) == (["gold answer"], 2)
+    assert main(["data", "check", str(path)]) == 1
+    assert "; 2 gold answers were not checked, for want of math-verify: pip install" in capsys.readouterr().out
+    assert main(["data", "check", str(path), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["unread_answers"] == 2
 
 
 def test_lines_that_cannot_be_read_are_found_and_the_rest_is_checked(tmp_path):

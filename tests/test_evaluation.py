@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
+import re
 from functools import cache
 
 import pytest
@@ -22,12 +24,14 @@ from llm2_fast.evaluation.markdown import to_markdown
 from llm2_fast.evaluation.plots import plot_quality, plot_report
 from llm2_fast.evaluation.prompts import make_prompt
 from llm2_fast.evaluation.record import Record, SampleRecord
-from llm2_fast.evaluation.report import summarize
+from llm2_fast.evaluation.report import EvaluationReport, summarize
 from llm2_fast.evaluation.rerank import Reranker
 from llm2_fast.problems import Problem, load_problems
 from llm2_fast.results import Generation, Sample, TraceStep
 from llm2_fast.store import ShardStore
 from llm2_fast.supervision import Supervision, SupervisionExample, TokenPair, TokenQuality, write_supervision
+from recipes.report import write_report
+from recipes.stages import Stages
 from tolerances import TOLERANCES
 from verifiers import KINDS, case, head_verifier
 
@@ -90,6 +94,19 @@ def test_sampled_arms_are_compared_with_their_own_truncation():
     ]
 
 
+def test_top_k_is_swept_with_a_truncation_of_each():
+    arms = make_arms(GenerationConfig(temperature=1.0), {"candidate_top_k": [1, 4], "beta": [0.5]}, verified=True)
+    assert [(arm.name, arm.baseline, arm.settings.get("candidate_top_k")) for arm in arms] == [
+        ("plain", None, None),
+        ("truncated", "plain", None),
+        ("truncated, candidate_top_k 1", "plain", 1),
+        ("truncated, candidate_top_k 4", "plain", 4),
+        ("verified", "truncated", None),
+        ("verified, beta 0.5, candidate_top_k 1", "truncated, candidate_top_k 1", 1),
+        ("verified, beta 0.5, candidate_top_k 4", "truncated, candidate_top_k 4", 4),
+    ]
+
+
 def test_keys_do_not_depend_on_how_a_number_is_written_or_what_else_is_swept():
     one, other = (Arm("verified", GenerationConfig(beta=beta), "plain").key for beta in (1, 1.0))
     assert one == other == "alpha=0.1 beta=1 candidate_top_k=None max_candidates=32"
@@ -103,6 +120,7 @@ def test_keys_do_not_depend_on_how_a_number_is_written_or_what_else_is_swept():
         ({}, {"beta": []}, True, "sweep\\['beta'\\]: expected at least one value"),
         ({}, {"beta": 0.5}, True, "sweep\\['beta'\\]: expected at least one value"),
         ({}, {"alpha": [2.0]}, True, "alpha: expected a number"),
+        ({}, {"candidate_top_k": [33]}, True, "candidate_top_k: expected at most max_candidates = 32"),
         ({}, {"beta": [0.5]}, False, "sweep: expected nothing"),
         ({"beta": 0}, {}, True, "beta: expected > 0"),
     ],
@@ -196,6 +214,18 @@ def test_solutions_are_scored_as_by_brute_force(kind):
     scores = Reranker(built).scores(generation)
     assert scores[1] is None
     assert None not in (scores[0], scores[2])
+
+
+def test_samples_that_are_empty_or_broken_are_not_chosen():
+    reranker = Reranker(engine())
+    (generation,) = engine(verified=False).generate("1 + 2 =", max_new_tokens=3)
+    (sample,), (score,) = generation.samples, reranker.scores(generation)
+    assert score is not None
+    empty, broken = Sample([], "", "error", "out of memory"), Sample(sample.token_ids, "1", "error", "out of memory")
+    samples = [empty, sample, broken, Sample([], "", "eos")]
+    mixed = reranker.scores(Generation(generation.prompt_token_ids, samples))
+    assert mixed == [None, pytest.approx(score), None, None]
+    assert reranker.scores(Generation(generation.prompt_token_ids, [empty, empty])) == [None, None]
 
 
 # --- Reports of made-up records ----------------------------------------------------------------------------------
@@ -300,6 +330,54 @@ def test_the_cause_of_a_high_cost_is_named(ambiguous, cause):
     assert cause in to_markdown(report)
 
 
+def test_a_gain_of_truncation_is_none_of_the_verifier():
+    right = {"plain": 10, "truncated": 30, "verified": 31, "verified, beta 1.0": 31}  # of 40
+    report = sampled_report({name: [i < count for i in range(40)] for name, count in right.items()})
+    assert report.comparison("truncated", "plain").significance == 1
+    assert report.comparison("verified", "plain").significance == 1
+    assert report.comparison("verified", "truncated").significance == 0
+    assert find_failures(report) == []
+    assert "- No sign of a failing verifier, and no significant gain either" in to_markdown(report)
+    report = sampled_report({name: [i < count for i in range(40)] for name, count in {**right, "verified": 40}.items()})
+    assert "- No sign of a failing verifier.\n" in to_markdown(report)
+
+
+def test_failures_are_part_of_the_json():
+    report = greedy_report([True] * MIN_PROBLEMS, [False] * MIN_PROBLEMS, seconds=2.0)
+    old = report.to_json()
+    assert "failures" not in old
+    assert EvaluationReport.from_json(old).to_json() == old
+    entry = dataclasses.replace(report, failures=find_failures(report)).to_json()
+    assert [(failure["kind"], failure["arm"]) for failure in entry["failures"]] == [
+        ("harmful", "verified"),
+        ("costly", "verified"),
+    ]
+    assert EvaluationReport.from_json(entry).failures == find_failures(report)
+    assert EvaluationReport.from_json(entry).to_json() == json.loads(json.dumps(entry)) == entry
+
+
+def test_a_recipe_reports_harm(tmp_path):
+    pytest.importorskip("matplotlib")
+    greedy = greedy_report([True] * MIN_PROBLEMS, [False] * MIN_PROBLEMS)
+    sampled = sampled_report({name: [name != "verified"] * MIN_PROBLEMS for name in OUTCOMES})
+    counts = ("problems", "positions", "explored_positions", "candidates", "rollouts", "spared_rollouts", "pairs")
+    pairs = {"training_pairs": 3, "num_pairs": 2, "verifier": 0.5, "system1": 0.5, "combined": 0.5}
+    results = {
+        "explore": {**dict.fromkeys(counts, 1), "tokens_per_second": 1.0},
+        "train head": pairs,
+        "betas, head": greedy.to_json(),
+        "greedy, head": greedy.to_json(),
+        "sampled, head": sampled.to_json(),
+    }
+    stages = Stages(tmp_path, {})
+    for name, result in results.items():
+        stages.run(name, lambda result=result: result)
+    text = write_report(stages, ["head"])
+    assert "\n- greedy, head: harmful: verified is worse than plain decoding: pass@1 -100.0 points" in text
+    assert "\n- sampled, head: harmful: verified is worse than plain decoding" in text
+    assert "\n- sampled, head: no_guidance: verified, beta 1.0 gives no useful guidance" in text
+
+
 # --- Whole evaluations -------------------------------------------------------------------------------------------
 
 
@@ -367,6 +445,29 @@ def test_few_shot_prompts_are_text_and_stop_before_another_problem(tmp_path):
         evaluate(engine(), PROBLEMS[:2], tmp_path, examples=arithmetic.problems(3, seed=7), **GREEDY)
 
 
+def test_boxed_gold_answers_are_compared_as_expressions(tmp_path, monkeypatch):
+    pytest.importorskip("math_verify")
+    problems = [
+        {"problem": "1 + 2", "solution": r"It is $\boxed{\frac{1}{2}}$.", "level": "Level 1"},
+        {"problem": "2 + 1", "solution": r"So \boxed{\left( 3, \frac{\pi}{2} \right)}."},
+        {"problem": "1 + 1", "solution": "There are two.", "answer": r"2\sqrt{3}"},
+    ]
+    says = {
+        False: ["The answer is 1.", "3", "2"],
+        True: ["0.5", r"\boxed{(3, \frac{\pi}{2})}", r"The answer is \sqrt{12}."],
+    }
+    monkeypatch.setattr(
+        llm2_fast.Engine,
+        "generate",
+        lambda self, prompts, config, request_ids: [
+            Generation(prompt, [Sample([5], text, "eos")])
+            for prompt, text in zip(prompts, says[self is engine()], strict=True)
+        ],
+    )
+    report = evaluate(engine(), problems, tmp_path, **GREEDY)
+    assert [arm.metrics["pass@1"].mean for arm in report.arms] == [0.0, 1.0]
+
+
 def test_without_a_verifier_there_is_plain_decoding_only(tmp_path):
     report = evaluate(engine(verified=False), PROBLEMS, tmp_path, **SAMPLED)
     assert [arm.name for arm in report.arms] == ["plain"]
@@ -419,6 +520,7 @@ def test_the_report_on_disk(tmp_path):
     assert (tmp_path / "report.md").read_text() == to_markdown(report)
     entry = json.loads((tmp_path / "report.json").read_text())
     assert entry == json.loads(json.dumps(report.to_json()))
+    assert entry["failures"] == []  # of too few problems
     ambiguous = sum(record.ambiguous_steps for record in read(tmp_path).values())
     assert sum(report.arm("verified").margins.values()) == ambiguous > 0
 
@@ -437,8 +539,27 @@ def test_a_harmful_verifier_is_warned_of(tmp_path, caplog, monkeypatch):
     )
     assert plain is not engine()
     with caplog.at_level(logging.WARNING, logger="llm2_fast"):
-        evaluate(engine(), problems, tmp_path, **GREEDY)
+        report = evaluate(engine(), problems, tmp_path, **GREEDY)
+    assert [failure.kind for failure in report.failures] == ["harmful"]
+    assert json.loads((tmp_path / "report.json").read_text())["failures"] == [dataclasses.asdict(report.failures[0])]
     assert "actively harmful: verified is worse than plain decoding: pass@1 -100.0 points" in caplog.text
+
+
+def test_the_progress_bar_shows_the_time_left(tmp_path, capsys, monkeypatch):
+    clock = itertools.count(0, 60)  # a minute passes whenever the bar looks
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(clock)))
+    evaluate(engine(), PROBLEMS, tmp_path, progress=True, **GREEDY)
+    shown = re.findall(r"evaluate: .*? (\d+)/(\d+) \[[\d:]+<([\d:?]+),", capsys.readouterr().err)
+    totals = {int(total) for _, total, _ in shown}
+    assert totals == {2 * len({problem.id for problem in load_problems(PROBLEMS)})}
+    left = {int(done): time for done, _, time in shown}
+    assert left[0] == "?"
+    assert left[max(totals)] == "00:00"
+    halfway = [minutes for done, minutes in left.items() if 0 < done < max(totals)]
+    assert len(halfway) > 1
+    assert "00:00" not in halfway
+    evaluate(engine(), PROBLEMS, tmp_path / "quiet", **GREEDY)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -491,8 +612,104 @@ def test_eval(saved, tmp_path, capsys):
     assert math.isclose(sum(arm["seconds"] for arm in entry["arms"]), sum(r.seconds for r in read(tmp_path).values()))
 
 
-def test_plots(saved, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+def test_eval_sweeps_over_top_k(saved, tmp_path, capsys):
+    places = [str(saved / "model"), str(saved / "problems.jsonl"), str(tmp_path)]
+    flags = [f"--verifier={saved / 'verifier'}", "--limit=3", "--beta=3", "--max-new-tokens=8"]
+    assert main(["eval", *places, *flags, "--sweep=candidate_top_k=1,2", "--json"]) == 0
+    arms = {arm["settings"].get("candidate_top_k"): arm for arm in json.loads(capsys.readouterr().out)["arms"][1:]}
+    assert list(arms) == [None, 1, 2]
+    assert arms[1]["name"] == "verified, candidate_top_k 1"
+    assert (arms[1]["ambiguous_share"], arms[1]["mean_candidates"]) == (0.0, 1.0)
+    assert 1 < arms[2]["mean_candidates"] <= 2 < arms[None]["mean_candidates"]
+
+
+# --- Figures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of figures that are saved, by the file's name; the files are written, too."""
+    figure = pytest.importorskip("matplotlib.figure")
+    axes, save = {}, figure.Figure.savefig
+
+    def record(self, path, **options):
+        (axes[path.stem],) = self.axes
+        save(self, path, **options)
+
+    monkeypatch.setattr(figure.Figure, "savefig", record)
+    return axes
+
+
+def errorbars(axes):
+    """Points of each label: x, mean, lower and upper end of the bar."""
+    found = {}
+    for container in axes.containers:
+        line, _, (bars,) = container.lines
+        found[container.get_label()] = [
+            (x, y, *(float(end) for end in bar[:, 1]))
+            for x, y, bar in zip(line.get_xdata(), line.get_ydata(), bars.get_segments(), strict=True)
+        ]
+    return found
+
+
+def point(x, estimate):
+    return pytest.approx((x, 100 * estimate.mean, 100 * estimate.low, 100 * estimate.high))
+
+
+def sampled_report(outcomes, margins=None, **steered):
+    """Of two equal samples per problem: which problems an arm has right, by its kind and beta."""
+    arms = make_arms(GenerationConfig(temperature=1.0), {"beta": [1.0]}, verified=True)
+    records = {
+        arm.key: [
+            record(i, arm, [right] * 2, scores=None if arm.steered else [1.0, 0.0], **(steered if arm.steered else {}))
+            for i, right in enumerate(outcomes[arm.name])
+        ]
+        for arm in arms
+    }
+    for arm in arms[1:] if margins else []:
+        records[arm.key] = [dataclasses.replace(r, margins=margins) for r in records[arm.key]]
+    return summarize(arms, records, seed=0)
+
+
+OUTCOMES = {
+    "plain": [True, False, False, False],
+    "truncated": [True, True, False, False],
+    "verified": [True, True, True, False],
+    "verified, beta 1.0": [False, True, False, False],
+}
+
+
+def test_figures_show_the_report(tmp_path, drawn):
+    report = sampled_report(OUTCOMES, margins={"0.0": 1, "2.0": 3}, seconds=3.0, ambiguous=4)
+    plot_report(report, tmp_path)
+    accuracies = {arm.name: arm.metrics["pass@1"] for arm in report.arms}
+    steered = [name for name in OUTCOMES if name != "plain"]
+
+    by_beta = drawn["accuracy_by_beta"]
+    betas = zip((0.0, 0.25, 1.0), steered, strict=True)
+    assert errorbars(by_beta) == {"alpha 0.1": [point(beta, accuracies[name]) for beta, name in betas]}
+
+    by_ambiguity = drawn["accuracy_by_ambiguity"]
+    assert errorbars(by_ambiguity) == {name: [point(40.0, accuracies[name])] for name in steered}
+    assert by_ambiguity.get_xlabel() == "ambiguous steps, %"
+    for axes in (by_beta, by_ambiguity):
+        (level,) = [line.get_ydata() for line in axes.lines if line.get_label() == "plain"]
+        assert list(level) == [25.0, 25.0]
+
+    cost = {name: 50.0 if name == "plain" else 150.0 for name in OUTCOMES}  # 20 tokens per problem
+    assert errorbars(drawn["accuracy_by_cost"]) == {name: [point(cost[name], accuracies[name])] for name in OUTCOMES}
+
+    curves = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in drawn["accuracy_by_samples"].lines}
+    assert curves.keys() == {*OUTCOMES, "plain, reranked"}
+    assert curves["verified"] == [(1, 75.0), (2, 75.0)]
+    assert curves["plain, reranked"] == [(1, 25.0), (2, 25.0)]
+
+    outlines = {patch.get_label(): patch.get_xy() for patch in drawn["margins"].patches}
+    assert outlines.keys() == set(steered)
+    assert {round(float(height), 6) for height in outlines["verified"][:, 1]} == {0.0, 0.25, 0.75}
+
+
+def test_plots(saved, tmp_path, drawn):
     example = SupervisionExample(
         [{"role": "user", "content": "1"}],
         [TokenPair(4, 7, 12)],
@@ -505,16 +722,23 @@ def test_plots(saved, tmp_path, capsys):
     flags = [f"--verifier={saved / 'verifier'}", "--limit=4", "--max-new-tokens=8", "--n=2", "--temperature=1"]
     flags += ["--trace", "--sweep=beta=0,1", "--plots", f"--supervision={tmp_path / 'supervision.jsonl'}"]
     assert main(["eval", *places, *flags]) == 0
-    names = {"accuracy_by_beta", "accuracy_by_cost", "accuracy_by_samples", "margins", "quality"}
-    drawn = {path.stem: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
-    assert drawn.keys() == names
-    assert all(content.startswith(b"\x89PNG") and len(content) > 5000 for content in drawn.values())
+    by_kind = {"accuracy_by_beta", "accuracy_by_ambiguity", "accuracy_by_cost", "accuracy_by_samples", "margins"}
+    assert drawn.keys() == {path.stem for path in (tmp_path / "out").glob("*.png")} == {*by_kind, "quality"}
+    assert (tmp_path / "out" / "quality.png").read_bytes().startswith(b"\x89PNG")
+    bars = {patch.get_x(): patch.get_height() for patch in drawn["quality"].patches if patch.get_height()}
+    assert sorted(bars.values()) == [1, 1]
+    assert min(bars) == pytest.approx(0.25)  # the bins are between the least and the greatest quality
+    assert [text.get_text() for text in drawn["quality"].figure.legends[0].texts] == ["negatives (1)", "others (1)"]
+    report = EvaluationReport.from_json(json.loads((tmp_path / "out" / "report.json").read_text()))
+    shares = {name: points[0][0] for name, points in errorbars(drawn["accuracy_by_ambiguity"]).items()}
+    assert shares == {arm.name: pytest.approx(100 * arm.ambiguous_share) for arm in report.arms[1:]}
 
 
 def test_only_what_there_are_figures_for_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     report = greedy_report([True], [False])
-    assert [path.name for path in plot_report(report, tmp_path)] == ["accuracy_by_cost.png"]
+    names = [path.name for path in plot_report(report, tmp_path)]
+    assert names == ["accuracy_by_ambiguity.png", "accuracy_by_cost.png"]
     with pytest.raises(ArgumentError, match="supervision: expected examples with measured qualities"):
         plot_quality(Supervision([], None), tmp_path / "quality.png")
 

@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     check.check(options.paths, options.test)
     if options.json:
         result = {"entries": check.num_entries, "positions_checked": tokenizer is not None}
+        result["unread_answers"] = check.num_unread_answers
         print_json({**result, "findings": check.findings})
     else:
         _print_findings(check)
@@ -68,5 +69,10 @@ def _print_findings(check: DataCheck) -> None:
             print(f"  {finding.where}: {finding.detail}")
         if len(findings) > _SHOWN:
             print(f"  and {len(findings) - _SHOWN} more")
-    unchecked = "" if check.tokenizer is not None else "; positions were not checked, for want of --tokenizer"
-    print(f"{check.num_entries} entries read, {len(check.findings)} findings{unchecked}")
+    notes = [f"{check.num_entries} entries read, {len(check.findings)} findings"]
+    if check.tokenizer is None:
+        notes.append("positions were not checked, for want of --tokenizer")
+    if check.num_unread_answers:
+        install = "pip install 'llm2-fast[eval]'"
+        notes.append(f"{check.num_unread_answers} gold answers were not checked, for want of math-verify: {install}")
+    print("; ".join(notes))

@@ -19,7 +19,7 @@ _DEFAULTS = GenerationConfig()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `eval`."""
     parser.add_argument("model", metavar="MODEL", help="Hugging Face directory or hub id, or the path of a GGUF file")
-    parser.add_argument("problems", metavar="PROBLEMS", help="JSON lines with question and answer")
+    parser.add_argument("problems", metavar="PROBLEMS", help="JSON lines with question and answer, or as MATH's")
     parser.add_argument(
         "output", metavar="OUTPUT", help="directory for the results; an interrupted run is taken up where it stopped"
     )

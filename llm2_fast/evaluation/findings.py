@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from llm2_fast.evaluation.arms import PLAIN
-from llm2_fast.evaluation.report import ACCURACY, ArmReport, Comparison, EvaluationReport
+from llm2_fast.evaluation.report import ACCURACY, ArmReport, Comparison, EvaluationReport, Failure
 
 # Docs state these; what is significant is said in `Comparison.significance` and `statistics.CONFIDENCE`.
 MIN_PROBLEMS = 30  # fewer say nothing
@@ -15,37 +13,31 @@ MINIMAL_GAIN = 0.01  # of a metric
 COSTLY = 1.5  # time per token, as a multiple of plain decoding's
 FEW_AMBIGUOUS = 0.05  # share of the steps; below it there is hardly anything to choose from
 
-FailureKind = Literal["harmful", "no_guidance", "costly"]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A sign that a verifier does not help.
-
-    Attributes:
-        kind: "harmful": worse than plain decoding. "no_guidance": no better than the baseline. "costly": not clearly
-            better, and much slower than plain decoding.
-        arm: Name of the arm that shows it.
-        message: For people.
-    """
-
-    kind: FailureKind
-    arm: str
-    message: str
-
 
 def find_failures(report: EvaluationReport) -> list[Failure]:
     """What is wrong with the arms that System 2 steers; nothing is said about fewer than `MIN_PROBLEMS` problems."""
     if report.num_problems < MIN_PROBLEMS:
         return []
-    steered = [arm for arm in report.arms if arm.settings and arm.settings["beta"] > 0]
-    return [failure for arm in steered for failure in _failures(report, arm)]
+    return [failure for arm in report.steered_arms for failure in _failures(report, arm)]
+
+
+def has_gain(report: EvaluationReport) -> bool:
+    """An arm that System 2 steers is significantly better than its own baseline."""
+    return any(
+        comparison.significance > 0
+        for arm in report.steered_arms
+        for comparison in _compared_with(report, arm, arm.baseline)
+    )
+
+
+def _compared_with(report: EvaluationReport, arm: ArmReport, other: str) -> list[Comparison]:
+    """In each metric that a verdict looks at."""
+    metrics = [ACCURACY] if report.num_samples == 1 else [ACCURACY, f"maj@{report.num_samples}"]
+    return [report.comparison(arm.name, other, metric) for metric in metrics]
 
 
 def _failures(report: EvaluationReport, arm: ArmReport) -> Iterator[Failure]:
-    metrics = [ACCURACY] if report.num_samples == 1 else [ACCURACY, f"maj@{report.num_samples}"]
-    against_plain = [report.comparison(arm.name, PLAIN, metric) for metric in metrics]
-    gains = [report.comparison(arm.name, arm.baseline, metric) for metric in metrics]
+    against_plain, gains = (_compared_with(report, arm, other) for other in (PLAIN, arm.baseline))
     harmful = [comparison for comparison in against_plain if comparison.significance < 0]
     if harmful:
         yield Failure("harmful", arm.name, f"{arm.name} is worse than plain decoding: {_describe(harmful[0])}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from llm2_fast.evaluation.arms import PLAIN
-from llm2_fast.evaluation.findings import MIN_PROBLEMS, find_failures
+from llm2_fast.evaluation.findings import MIN_PROBLEMS, find_failures, has_gain
 from llm2_fast.evaluation.report import Estimate, EvaluationReport
 from llm2_fast.evaluation.statistics import CONFIDENCE
 
@@ -20,7 +20,7 @@ def to_markdown(report: EvaluationReport) -> str:
     ]
     if report.comparisons:
         parts.append("\n".join(_comparison_table(report)))
-        parts.append("\n".join(_verdicts(report)))
+        parts.append("\n".join(f"- {verdict}" for verdict in verdicts(report)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -57,13 +57,14 @@ def _comparison_table(report: EvaluationReport) -> Iterator[str]:
     return _table(["arm", "metric", "against", "difference", "wins:losses", "McNemar p", "significant"], rows)
 
 
-def _verdicts(report: EvaluationReport) -> Iterator[str]:
+def verdicts(report: EvaluationReport) -> Iterator[str]:
+    """What the figures say about the verifier: a sentence per sign of failure, or that there is none."""
     if report.num_problems < MIN_PROBLEMS:
         yield f"Fewer than {MIN_PROBLEMS} problems: too few for a verdict."
         return
     failures = find_failures(report)
-    yield from (f"- {failure.kind}: {failure.message}" for failure in failures)
-    if not failures and any(comparison.significance > 0 for comparison in report.comparisons):
+    yield from (f"{failure.kind}: {failure.message}" for failure in failures)
+    if not failures and has_gain(report):
         yield "No sign of a failing verifier."
     elif not failures:
         yield "No sign of a failing verifier, and no significant gain either: more problems are needed."

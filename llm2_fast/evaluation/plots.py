@@ -28,7 +28,7 @@ def check_matplotlib() -> None:
 
 
 def plot_report(report: EvaluationReport, directory: Path) -> list[Path]:
-    """Draw what the report has figures for: accuracy by beta and by cost, curves over samples, margins.
+    """Draw what the report has figures for: accuracy by beta, by ambiguous steps and by cost, over samples, margins.
 
     Args:
         report: Of an evaluation.
@@ -73,6 +73,7 @@ def _figures(report: EvaluationReport) -> Iterator[tuple[str, Callable[[Axes], N
     if len({arm.settings["beta"] for arm in steered}) > 1:
         yield "accuracy_by_beta", lambda axes: _draw_beta(axes, report, steered)
     if steered:
+        yield "accuracy_by_ambiguity", lambda axes: _draw_ambiguity(axes, report, steered)
         yield "accuracy_by_cost", lambda axes: _draw_cost(axes, report)
     if report.num_samples > 1:
         yield "accuracy_by_samples", lambda axes: _draw_samples(axes, report)
@@ -89,15 +90,26 @@ def _draw_beta(axes: Axes, report: EvaluationReport, steered: list[ArmReport]) -
         arms.sort(key=lambda arm: arm.settings["beta"])
         label = f"alpha {alpha:g}" + ("" if top_k is None else f", top {top_k}")
         _errorbar(axes, [arm.settings["beta"] for arm in arms], [(arm, ACCURACY) for arm in arms], label)
-    axes.axhline(100 * report.arm(PLAIN).metrics[ACCURACY].mean, color="gray", linestyle="--", label=PLAIN)
+    _draw_plain(axes, report)
     axes.set(xlabel="beta", ylabel=f"{ACCURACY}, %")
 
 
+def _draw_ambiguity(axes: Axes, report: EvaluationReport, steered: list[ArmReport]) -> None:
+    """How often each arm had candidates to choose from."""
+    for arm in steered:
+        _errorbar(axes, [100 * arm.ambiguous_share], [(arm, ACCURACY)], arm.name)
+    _draw_plain(axes, report)
+    axes.set(xlabel="ambiguous steps, %", ylabel=f"{ACCURACY}, %")
+
+
+def _draw_plain(axes: Axes, report: EvaluationReport) -> None:
+    axes.axhline(100 * report.arm(PLAIN).metrics[ACCURACY].mean, color="gray", linestyle="--", label=PLAIN)
+
+
 def _draw_cost(axes: Axes, report: EvaluationReport) -> None:
-    """Time per token of each arm; beside its point the share of ambiguous steps."""
+    """Time per token of each arm."""
     for arm in report.arms:
-        label = arm.name if arm.baseline is None else f"{arm.name}: {arm.ambiguous_share:.0%} ambiguous"
-        _errorbar(axes, [1000 * arm.seconds_per_token], [(arm, ACCURACY)], label)
+        _errorbar(axes, [1000 * arm.seconds_per_token], [(arm, ACCURACY)], arm.name)
     axes.set(xlabel="milliseconds per token", ylabel=f"{ACCURACY}, %")
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from llm2_fast.evaluation.statistics import (
 )
 
 ACCURACY = "pass@1"
+
+FailureKind = Literal["harmful", "no_guidance", "costly"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,22 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """A sign that a verifier does not help.
+
+    Attributes:
+        kind: "harmful": worse than plain decoding. "no_guidance": no better than the baseline. "costly": not clearly
+            better, and much slower than plain decoding.
+        arm: Name of the arm that shows it.
+        message: For people.
+    """
+
+    kind: FailureKind
+    arm: str
+    message: str
+
+
+@dataclass(frozen=True)
 class EvaluationReport:
     """What came out of an evaluation.
 
@@ -117,12 +135,19 @@ class EvaluationReport:
         num_samples: Per problem.
         arms: In the order in which they were decoded.
         comparisons: Of each steered arm with its baseline, with plain decoding and with reranking.
+        failures: What `find_failures` found; None if it was not asked.
     """
 
     num_problems: int
     num_samples: int
     arms: Sequence[ArmReport]
     comparisons: Sequence[Comparison]
+    failures: Sequence[Failure] | None = None
+
+    @property
+    def steered_arms(self) -> list[ArmReport]:
+        """Those in which the verifier takes part: beta > 0."""
+        return [arm for arm in self.arms if arm.settings and arm.settings["beta"] > 0]
 
     def arm(self, name: str) -> ArmReport:
         """The arm of this name."""
@@ -134,8 +159,11 @@ class EvaluationReport:
         return next(c for c in self.comparisons if (c.arm, c.metric, c.other, c.other_metric) == wanted)
 
     def to_json(self) -> dict[str, Any]:
-        """For `json.dumps`."""
-        return dataclasses.asdict(self)
+        """For `json.dumps`; without `failures` if these are None."""
+        entry = dataclasses.asdict(self)
+        if self.failures is None:
+            del entry["failures"]
+        return entry
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> EvaluationReport:
@@ -145,7 +173,10 @@ class EvaluationReport:
             for arm in entry["arms"]
         ]
         comparisons = [Comparison(**{**c, "difference": Estimate(**c["difference"])}) for c in entry["comparisons"]]
-        return cls(entry["num_problems"], entry["num_samples"], arms, comparisons)
+        failures = entry.get("failures")  # older files have none
+        if failures is not None:
+            failures = [Failure(**failure) for failure in failures]
+        return cls(entry["num_problems"], entry["num_samples"], arms, comparisons, failures)
 
 
 def summarize(arms: Sequence[Arm], records: Mapping[str, Sequence[Record]], seed: int) -> EvaluationReport:

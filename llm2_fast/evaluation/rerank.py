@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from llm2_fast.engine import Engine
-from llm2_fast.results import Generation
+from llm2_fast.results import Generation, Sample
 from llm2_fast.verifier.session import VerifierSession
 
 _ROWS = 2048  # tokens scored in one pass, unless a single solution is longer
@@ -28,15 +28,18 @@ class Reranker:
     def scores(self, generation: Generation) -> list[float | None]:
         """The sum of the scores of each sample's tokens, each token given those before it.
 
-        None if it is not finite, or the verifier does not know one of the tokens: such a sample is never chosen.
+        None, so that it is never chosen, for a sample that ended with an error or is empty, of which the verifier does
+        not know a token, or whose sum is not finite.
         """
         samples = [sample.token_ids for sample in generation.samples]
-        known = [i for i, tokens in enumerate(samples) if all(token < self._session.vocab_size for token in tokens)]
+        usable = [i for i, sample in enumerate(generation.samples) if self._can_score(sample)]
         totals: list[float | None] = [None] * len(samples)
+        if not usable:
+            return totals
         with _prefix(self._session, generation.prompt_token_ids) as prefix:
-            per_pass = max(1, _ROWS // max((len(tokens) for tokens in samples), default=1))
-            for start in range(0, len(known), per_pass):
-                group = known[start : start + per_pass]
+            per_pass = max(1, _ROWS // max(len(samples[i]) for i in usable))
+            for start in range(0, len(usable), per_pass):
+                group = usable[start : start + per_pass]
                 slots = [self._session.fork(prefix) for _ in group]
                 try:
                     scored = self._session.score_tokens(slots, [samples[i] for i in group])
@@ -47,6 +50,11 @@ class Reranker:
                     total = float(scores.double().sum())
                     totals[index] = total if math.isfinite(total) else None
         return totals
+
+    def _can_score(self, sample: Sample) -> bool:
+        """There are tokens, all of which the verifier knows, and no error cut them off."""
+        known = all(token < self._session.vocab_size for token in sample.token_ids)
+        return bool(sample.token_ids) and known and sample.error is None
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def evaluate(
     Args:
         engine: With a verifier; without one plain decoding alone is measured. Plain decoding gets a second engine over
             the same model, `Engine.without_verifier`.
-        problems: The path of a JSON-lines file with `question` and `answer`, or mappings. Duplicates count once.
+        problems: The path of a JSON-lines file, or mappings; see `load_problems`. Duplicates count once.
         output_dir: Gets a manifest, shards of records, `report.json` and `report.md`.
         config: Options; the defaults if None. With `n` samples per problem, pass@k and maj@k are measured; with
             `trace`, margins between the verifier's scores are recorded, which takes time in every step.
@@ -101,9 +101,10 @@ def evaluate(
                 store.append(record)
                 bar.update()
     report = summarize(arms, _read_records(output_dir, chosen, arms), config.seed)
+    report = replace(report, failures=find_failures(report))
     (output_dir / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     (output_dir / "report.md").write_text(to_markdown(report), encoding="utf-8")
-    for failure in find_failures(report):
+    for failure in report.failures:
         if failure.kind == "harmful":
             _LOGGER.warning("the verifier is actively harmful: %s", failure.message)
     return report
