@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD_REQUIREMENTS := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.20' ninja
+EXTRAS := .venv-extras
 PEERS := .venv-peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -11,7 +12,7 @@ CPP_FORMATTED := $(shell find csrc tests/cpp tests/cuda -name '*.c' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-gpu-compile test-aarch64 cpp-test sanitize bench bench-peers recipe-arithmetic recipe-ablations recipe-gsm8k lint format clean build/cpp-test build/cpp-address build/cpp-thread build/cpp-aarch64
+.PHONY: help setup demo test test-gpu-compile test-extras test-aarch64 cpp-test sanitize bench bench-peers recipe-arithmetic recipe-ablations recipe-gsm8k lint format clean build/cpp-test build/cpp-address build/cpp-thread build/cpp-aarch64
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +28,9 @@ test: $(VENV)/.demo-model cpp-test ## Run the C++ and the Python tests.
 cpp-test: build/cpp-test ## Build and run the C++ tests.
 
 sanitize: build/cpp-address build/cpp-thread ## Run the C++ tests under the address, undefined-behaviour and thread sanitizers.
+
+test-extras: $(EXTRAS)/.installed ## Run the tests that need Ray or lm-evaluation-harness, in an environment of their own.
+	$(EXTRAS)/bin/python -m pytest tests/test_explore_cluster.py tests/test_lm_eval_integration.py $(PYTEST_ARGS)
 
 test-aarch64: build/cpp-aarch64 ## Cross-compile the C++ tests for 64-bit ARM and run them under emulation.
 
@@ -67,6 +71,12 @@ $(PEERS)/.installed: Makefile constraints.txt bench/peers/vllm_requirements.py
 		$(PEERS)/bin/python bench/peers/vllm_requirements.py > $(PEERS)/vllm.txt && \
 		$(PEERS)/bin/pip install -r $(PEERS)/vllm.txt -c bench/peers/vllm_constraints.txt || \
 		echo "==> vLLM could not be installed; the comparison goes on without it"
+	@touch $@
+
+$(EXTRAS)/.installed: Makefile constraints.txt pyproject.toml | $(VENV)/.installed
+	$(PYTHON) -m venv $(EXTRAS)
+	$(EXTRAS)/bin/pip install -c constraints.txt $(BUILD_REQUIREMENTS)
+	$(EXTRAS)/bin/pip install -c constraints.txt --no-build-isolation -e '.[test,ray,lm-eval]'
 	@touch $@
 
 lint: $(VENV)/.installed ## Check style and formatting.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -79,6 +81,34 @@ def test_a_task_runs_from_the_registry():
     from lm_eval.api.registry import get_model
 
     assert get_model("llm2_fast") is EngineLM
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_a_task_is_evaluated(tmp_path, verified):
+    """A task with data of its own, from its files to its score."""
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps({"question": context, "answer": " 3"}) + "\n" for context in CONTEXTS))
+    generation = {"until": ["\n"], "max_gen_toks": 1, "do_sample": False}
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": generation,
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    verifier = head_verifier(MODEL) if verified else None
+    model = make(verifier=verifier, beta=3.0)
+    results = lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0, log_samples=True)
+    answers = [sample["filtered_resps"][0] for sample in results["samples"]["sums"]]
+    engine = llm2_fast.load(MODEL, verifier, tokenizer=TOKENIZER)
+    expected = [result.text for result in engine.generate(CONTEXTS, beta=3.0, stop="\n", max_new_tokens=1)]
+    assert answers == expected
+    right = sum(answer == " 3" for answer in answers) / len(answers)
+    assert results["results"]["sums"]["exact_match,none"] == pytest.approx(right)
 
 
 def test_unusable_options():

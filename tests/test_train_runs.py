@@ -1,6 +1,7 @@
 """Runs of `lora` and `full` verifiers: interrupted and resumed, in parts, and in several processes."""
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from transformers import Trainer
 import llm2_fast
 import tiny
 from llm2_fast import ArgumentError
+from llm2_fast.train.config import TrainingConfig
+from llm2_fast.train.network import training_arguments
 from successors import TOKENIZER, supervision
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +75,40 @@ def kill_after(steps, monkeypatch):
         return training_step(*args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", step)
+
+
+def test_defaults_are_those_of_the_paper(tmp_path):
+    config = TrainingConfig.for_kind("full")
+    assert (config.learning_rate, config.epochs, config.batch_size) == (2e-5, 2, 128)
+    arguments = training_arguments(config, tmp_path, torch.device("cpu"), False, None)
+    assert arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size == 128
+    assert arguments.lr_scheduler_type == "cosine"
+    assert arguments.get_warmup_steps(1000) == 100
+
+
+def test_the_learning_rate_rises_then_falls(tmp_path):
+    """Ten steps: the first is warm-up, from zero; then half a cosine."""
+    train("full", tmp_path / "run", examples=20, learning_rate=0.5)
+    record = json.loads((tmp_path / "run" / "training.json").read_text())
+    rates = [entry["learning_rate"] for entry in record["results"]["log"] if "learning_rate" in entry]
+    expected = [0.0, *(0.25 * (1 + math.cos(math.pi * step / 9)) for step in range(9))]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_run_that_ended_before_its_first_step_can_be_resumed(tmp_path, monkeypatch):
+    """Trainer makes the directory of checkpoints when it is made."""
+    with monkeypatch.context() as patch:
+
+        def stop(*_args, **_options):
+            raise KeyboardInterrupt
+
+        patch.setattr(Trainer, "train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train("full", tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+    train("full", tmp_path / "run", resume=True)
+    train("full", tmp_path / "whole")
+    assert_same_weights("full", tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
