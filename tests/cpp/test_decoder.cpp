@@ -38,7 +38,7 @@ constexpr DType dtype_of() {
 }
 
 void test_thread_pool() {
-  for (int num_threads : {1, 2, 3, 2, 5}) {
+  for (int num_threads : {1, 2, 3, 2, 5, 3, 2, 5, 1}) {  // smaller jobs leave threads of the pool out
     current_case = "thread pool of " + std::to_string(num_threads);
     for (int64_t items : {0, 1, 7, 1000}) {
       // Each phase reads what another thread may have written in the one before.
@@ -324,6 +324,21 @@ void test_selection(TinyDecoder<T>& tiny, Isa isa) {
           CHECK(same_bits(folded.logits, direct.logits));
           CHECK(folded.cut[0] == direct.cut[0] && folded.cut[1] == direct.cut[1]);
           CHECK(std::abs(folded.logsumexp[0] - direct.logsumexp[0]) < 1e-5f);
+
+          constexpr float kUntouched = -7654321.0f;
+          for (int64_t wanted : {-1, 0, 1}) {  // the row whose logits are written
+            Selection alone(kCandidates, {log_alpha, log_alpha}, {top_k, top_k}, vocab_size);
+            std::vector<float> written(logits.size(), kUntouched);
+            float* wanted_rows[kRows] = {};
+            if (wanted >= 0) wanted_rows[wanted] = written.data() + wanted * tiny.kVocab;
+            tiny.decoder().select(tiny.cache(), slots, kRows, alone.args(nullptr), wanted_rows, num_threads);
+            CHECK(alone.ids == folded.ids && alone.count == folded.count && alone.cut == folded.cut);
+            CHECK(same_bits(alone.logits, folded.logits) && same_bits(alone.logsumexp, folded.logsumexp));
+            for (int64_t i = 0; i < kRows * tiny.kVocab; ++i) {
+              const size_t index = static_cast<size_t>(i);
+              CHECK(written[index] == (i / tiny.kVocab == wanted ? logits[index] : kUntouched));
+            }
+          }
         }
       }
     }
