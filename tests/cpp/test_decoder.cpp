@@ -324,22 +324,38 @@ void test_selection(TinyDecoder<T>& tiny, Isa isa) {
           CHECK(same_bits(folded.logits, direct.logits));
           CHECK(folded.cut[0] == direct.cut[0] && folded.cut[1] == direct.cut[1]);
           CHECK(std::abs(folded.logsumexp[0] - direct.logsumexp[0]) < 1e-5f);
-
-          constexpr float kUntouched = -7654321.0f;
-          for (int64_t wanted : {-1, 0, 1}) {  // the row whose logits are written
-            Selection alone(kCandidates, {log_alpha, log_alpha}, {top_k, top_k}, vocab_size);
-            std::vector<float> written(logits.size(), kUntouched);
-            float* wanted_rows[kRows] = {};
-            if (wanted >= 0) wanted_rows[wanted] = written.data() + wanted * tiny.kVocab;
-            tiny.decoder().select(tiny.cache(), slots, kRows, alone.args(nullptr), wanted_rows, num_threads);
-            CHECK(alone.ids == folded.ids && alone.count == folded.count && alone.cut == folded.cut);
-            CHECK(same_bits(alone.logits, folded.logits) && same_bits(alone.logsumexp, folded.logsumexp));
-            for (int64_t i = 0; i < kRows * tiny.kVocab; ++i) {
-              const size_t index = static_cast<size_t>(i);
-              CHECK(written[index] == (i / tiny.kVocab == wanted ? logits[index] : kUntouched));
-            }
-          }
         }
+      }
+    }
+  }
+}
+
+// The logits of a row are written if they are wanted, and only they; the selection does not depend on it.
+template <typename T>
+void test_selection_without_logits(TinyDecoder<T>& tiny) {
+  constexpr int64_t kRows = 2, kNobody = -1;
+  constexpr float kUntouched = -7654321.0f;
+  const int32_t slots[kRows] = {0, 2};  // of different tokens
+  for (int num_threads : {1, 3}) {
+    const auto select = [&](float* const* rows) {
+      Selection selection(3, {-10.0f, -10.0f}, {0, 0}, tiny.kVocab);
+      tiny.decoder().select(tiny.cache(), slots, kRows, selection.args(nullptr), rows, num_threads);
+      return selection;
+    };
+    std::vector<float> logits(static_cast<size_t>(kRows * tiny.kVocab));
+    float* const rows[kRows] = {logits.data(), logits.data() + tiny.kVocab};
+    const Selection expected = select(rows);
+    CHECK(std::memcmp(rows[0], rows[1], static_cast<size_t>(tiny.kVocab) * sizeof(float)) != 0);
+    for (int64_t wanted : {kNobody, int64_t{0}, int64_t{1}}) {
+      std::vector<float> written(logits.size(), kUntouched);
+      float* wanted_rows[kRows] = {};
+      if (wanted != kNobody) wanted_rows[wanted] = written.data() + wanted * tiny.kVocab;
+      const Selection selection = select(wanted_rows);
+      CHECK(selection.ids == expected.ids && selection.count == expected.count && selection.cut == expected.cut);
+      CHECK(same_bits(selection.logits, expected.logits) && same_bits(selection.logsumexp, expected.logsumexp));
+      for (int64_t i = 0; i < kRows * tiny.kVocab; ++i) {
+        const size_t index = static_cast<size_t>(i);
+        CHECK(written[index] == (i / tiny.kVocab == wanted ? logits[index] : kUntouched));
       }
     }
   }
@@ -371,6 +387,7 @@ void test_decoder(Family family, Isa isa, int64_t group_size) {
   CHECK(same_bits(tiny.extend(1, {30}, 10, 1), next));
 
   test_selection(tiny, isa);
+  test_selection_without_logits(tiny);
 }
 
 // Rows with the low-rank updates beside rows without, each with a cache of their own, give what they give alone.
