@@ -23,6 +23,7 @@ from llm2_fast.models.decoder import Decoder, Rows
 from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.models.quantization import Quantization
+from llm2_fast.models.spec import DecoderSpec
 from llm2_fast.models.weights import PackedWeights
 from llm2_fast.sequence import Sequence
 from llm2_fast.verifier import FullVerifier, HeadVerifier, LoraVerifier, ScoreHead
@@ -37,6 +38,7 @@ pytestmark = [
 
 PROMPTS = tiny.PROMPTS
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
+ISAS = ops.cpu_extension().cpu_isas() if ops.cpu_extension() else []
 OPTIONS = {
     "greedy": {},
     "sampled": {"temperature": 1.0, "n": 3},
@@ -85,6 +87,13 @@ def everything(results):
         for result in results
         for sample in result.samples
     ]
+
+
+def extension_of_tier(isa):
+    """The extension, with decoders of the tier `isa`: that of their packed layers."""
+    extension = ops.cpu_extension()
+    pack = functools.partial(extension.PackedLinear, isa=isa)
+    return SimpleNamespace(**{**vars(extension), "PackedLinear": pack})
 
 
 def compare_with_reference(model, verifier, **options):
@@ -146,15 +155,16 @@ def test_shapes(family, overrides):
     compare_with_reference(model, None)
 
 
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_hidden_states(family, adapted):
+def test_bfloat16_hidden_states(family, adapted, isa):
     model = tiny.causal_lm(family).to(torch.bfloat16)
     reference, updates = Decoder(model.base_model), None
     if adapted:
         loaded, verifier = LoadedModel(model, None, "tiny"), case(family, "lora").verifier
         reference, updates = verifier.scorer(loaded).decoder, lora_updates(loaded, verifier)
-    extension = ops.cpu_extension()
+    extension = extension_of_tier(isa)
     weights = PackedWeights.pack(extension, model)
     compiled = cached_decoder.CachedDecoder(
         extension, weights.decoder(updates), weights.spec, len(PROMPTS), adapted=adapted
@@ -287,6 +297,35 @@ def test_bits_depend_neither_on_the_batch_nor_on_threads(kind, dtype, quantizati
     assert everything(alone) == expected
 
 
+# Two are longer than a pass over prompts. In twelve blocks the samples of the first have no room to go on together.
+LONG_PROMPTS = [[(7 * i + size) % tiny.VOCAB for i in range(size)] for size in (300, 270, 9)]
+TIGHT_BLOCKS = 12
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [(torch.bfloat16, None), (torch.float32, "int8")], ids=["bfloat16", "int8"]
+)
+@pytest.mark.parametrize(("family", "shape"), [("gemma3", {"sliding_window": 40}), ("qwen3", {})])
+def test_bits_of_long_prompts_depend_on_nothing_else(family, shape, dtype, quantization, divide_small_models):
+    model = tiny.causal_lm(family, max_position_embeddings=512, **shape).to(dtype)
+    verifier, bound = head_verifier(model), TIGHT_BLOCKS * cached_decoder.block_bytes(DecoderSpec.from_model(model))
+
+    def run(num_threads, max_batch_size, kv_cache_memory_bytes=None):
+        torch.set_num_threads(num_threads)
+        options = {"max_batch_size": max_batch_size, "kv_cache_memory_bytes": kv_cache_memory_bytes}
+        engine = llm2_fast.load(model, verifier, backend="cpu", quantization=quantization, **options)
+        sampling = {"temperature": 1.0, "n": 2, "trace": True}
+        return engine.generate(LONG_PROMPTS, GenerationConfig(max_new_tokens=24, ignore_eos=True, **sampling))
+
+    expected = everything(run(1, 6))
+    for num_threads, max_batch_size in ((3, 6), (1, 1), (3, 1)):
+        assert everything(run(num_threads, max_batch_size)) == expected
+    for num_threads in (1, 3):
+        preempted = run(num_threads, 4, bound)
+        assert sum(result.stats.preemptions for result in preempted) > 0
+        assert everything(preempted) == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_of_lora_do_not_depend_on_whether_the_twins_run_first(dtype):
     # 8 candidates: of one sequence they are one pass with their twins, of three the LLM runs for the chosen ones alone.
@@ -326,12 +365,10 @@ def test_cache_is_bitwise_that_of_a_fresh_prefill(kind, family, dtype):
 
 
 @pytest.mark.parametrize("quantization", [None, "int8-group32"])
-@pytest.mark.parametrize("isa", ops.cpu_extension().cpu_isas() if ops.cpu_extension() else [])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_tier_gives_the_references_tokens(isa, quantization, monkeypatch):
-    extension = ops.cpu_extension()
-    pack = functools.partial(extension.PackedLinear, isa=isa)
-    capped = SimpleNamespace(**{**vars(extension), "PackedLinear": pack})
-    monkeypatch.setattr(ops, "cpu_extension", lambda: capped)
+    extension = extension_of_tier(isa)
+    monkeypatch.setattr(ops, "cpu_extension", lambda: extension)
     for family, kind in (("qwen3", None), ("qwen3", "head"), ("gemma3", "head")):
         model, verifier, _ = vars(case(family, kind)).values()
         if quantization is None:

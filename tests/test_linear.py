@@ -81,6 +81,21 @@ def test_bits_depend_neither_on_rows_nor_on_threads(isa, dtype, group_size):
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES.values(), ids=GROUP_SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_as_many_rows_as_a_pass_over_prompts_and_more(isa, dtype, group_size):
+    weight, x = random(33, 40, dtype=dtype), random(1024, 40, dtype=dtype, seed=1)
+    packed = pack([weight], isa=isa, group_size=group_size)
+    output = multiply(packed, x, 33)
+    expected = (x.double() @ kept(weight, group_size).double().T).float()
+    torch.testing.assert_close(output, expected, **TOLERANCES["linear", dtype])
+    for rows in (256, 257, 1024):
+        assert torch.equal(multiply(packed, x[:rows], 33, num_threads=3), output[:rows])
+    for row in (0, 255, 256, 1023):
+        assert torch.equal(multiply(packed, x[row : row + 1], 33), output[row : row + 1])
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES.values(), ids=GROUP_SIZES)
 def test_weights_with_the_same_input_are_stacked(group_size):
     weights, biases = [random(n, 24, seed=n) for n in (3, 40, 17)], [random(3), None, random(17)]
     packed = pack(weights, biases, group_size=group_size)

@@ -6,12 +6,20 @@
 #include <mutex>
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#define LLM2_FAST_ADDRESS_SANITIZER
+#elif defined(__has_feature)  // how older versions of Clang tell
+#if __has_feature(address_sanitizer)
+#define LLM2_FAST_ADDRESS_SANITIZER
+#endif
+#endif
+
 namespace llm2_fast {
 namespace {
 
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kLargePage = int64_t{2} << 20;
-#ifdef __SANITIZE_ADDRESS__
+#ifdef LLM2_FAST_ADDRESS_SANITIZER
 constexpr int64_t kRegionBytes = 0;  // each allocation in a region of its own, at whose end overruns are seen
 #else
 constexpr int64_t kRegionBytes = int64_t{32} << 20;  // addresses; pages get memory when they are written

@@ -3,7 +3,7 @@
 #include <unistd.h>
 
 #include <condition_variable>
-#include <memory>
+#include <deque>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -26,91 +26,93 @@ void relax(int iteration) {
 #endif
 }
 
-class ThreadPool {
+// Where one thread of the pool waits for its next job, on cache lines of its own.
+class alignas(128) Seat {
  public:
-  explicit ThreadPool(int num_threads) : num_threads_(num_threads) {
-    try {
-      for (int index = 1; index < num_threads; ++index) threads_.emplace_back([this, index] { work(index); });
-    } catch (...) {
-      stop();
-      throw;
-    }
+  void call() {
+    called_.store(true);
+    if (!sleeping_.load()) return;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+    }  // a thread about to sleep has either seen the call or sleeps by now
+    wake_.notify_one();
   }
-  ~ThreadPool() { stop(); }
-  ThreadPool(const ThreadPool&) = delete;
-  ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int num_threads() const { return num_threads_; }
-
-  void run(int64_t num_phases, const std::function<void(Worker&)>& job) {
-    if (num_phases > capacity_) {
-      phases_.reset(new Phase[static_cast<size_t>(num_phases)]);
-      shares_.reset(new Share[static_cast<size_t>(num_phases * num_threads_)]);
-      capacity_ = num_phases;
-    }
-    for (int64_t i = 0; i < num_phases; ++i) phases_[static_cast<size_t>(i)].done.store(0, std::memory_order_relaxed);
-    for (int64_t i = 0; i < num_phases * num_threads_; ++i) {
-      shares_[static_cast<size_t>(i)].taken.store(0, std::memory_order_relaxed);
-    }
-    finished_.done = 0;
-    job_ = &job;
-    announce();
-    Worker worker(0, num_threads_, phases_.get(), shares_.get());
-    job(worker);
-    finished_.wait(num_threads_ - 1);  // nobody uses the job any more
+  // Returns once called, and clears the call.
+  void await() {
+    for (int i = 0; i < kSpins + kYields && !called_.load(); ++i) relax(i);
+    if (!called_.load()) sleep();
+    called_.store(false, std::memory_order_relaxed);  // the next call comes after this job
   }
 
  private:
-  // Makes the threads look: at a new job, or at none, which ends them.
-  void announce() {
-    announced_.fetch_add(1);
-    if (sleeping_.load() == 0) return;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-    }  // a thread about to sleep has either seen it or sleeps by now
-    wake_.notify_all();
+  void sleep() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleeping_.store(true);
+    wake_.wait(lock, [&] { return called_.load(); });
+    sleeping_.store(false);
   }
 
-  void stop() {
-    job_ = nullptr;
-    announce();
-    for (std::thread& thread : threads_) thread.join();
+  // Sequentially consistent, both: either the caller sees the sleeper or the sleeper sees the call.
+  std::atomic<bool> called_{false};
+  std::atomic<bool> sleeping_{false};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+};
+
+// As many threads as the largest job so far wanted, less the caller's. A smaller job calls the first of them only: the
+// others neither wake nor look at it.
+class ThreadPool {
+ public:
+  void run(int num_threads, int64_t num_phases, const std::function<void(Worker&)>& job) {
+    while (static_cast<int>(seats_.size()) < num_threads - 1) add_thread();
+    clear(num_threads, num_phases);
+    job_ = &job;
+    num_threads_ = num_threads;
+    for (int index = 1; index < num_threads; ++index) seats_[static_cast<size_t>(index - 1)].call();
+    work(0);
+    finished_.wait(num_threads - 1);  // nobody uses the job any more
+  }
+
+ private:
+  void add_thread() {
+    Seat& seat = seats_.emplace_back();
+    const int index = static_cast<int>(seats_.size());
+    try {
+      std::thread([this, &seat, index] {
+        for (;;) {
+          seat.await();
+          work(index);
+          finished_.done.fetch_add(1, std::memory_order_release);
+        }
+      }).detach();
+    } catch (...) {
+      seats_.pop_back();
+      throw;
+    }
+  }
+
+  void clear(int num_threads, int64_t num_phases) {
+    const size_t phases = static_cast<size_t>(num_phases), shares = phases * static_cast<size_t>(num_threads);
+    if (phases_.size() < phases) phases_ = std::vector<Phase>(phases);
+    if (shares_.size() < shares) shares_ = std::vector<Share>(shares);
+    for (size_t i = 0; i < phases; ++i) phases_[i].done.store(0, std::memory_order_relaxed);
+    for (size_t i = 0; i < shares; ++i) shares_[i].taken.store(0, std::memory_order_relaxed);
+    finished_.done = 0;
   }
 
   void work(int index) {
-    for (uint32_t seen = 0;;) {
-      await(seen++);
-      if (job_ == nullptr) return;
-      Worker worker(index, num_threads_, phases_.get(), shares_.get());
-      (*job_)(worker);
-      finished_.done.fetch_add(1, std::memory_order_release);
-    }
+    Worker worker(index, num_threads_, phases_.data(), shares_.data());
+    (*job_)(worker);
   }
 
-  // Returns once more than `seen` announcements were made.
-  void await(uint32_t seen) {
-    for (int i = 0; i < kSpins + kYields; ++i) {
-      if (announced_.load() != seen) return;
-      relax(i);
-    }
-    std::unique_lock<std::mutex> lock(mutex_);
-    sleeping_.fetch_add(1);
-    wake_.wait(lock, [&] { return announced_.load() != seen; });
-    sleeping_.fetch_sub(1);
-  }
-
-  const int num_threads_;
-  std::unique_ptr<Phase[]> phases_;
-  std::unique_ptr<Share[]> shares_;  // [phases, num_threads]
-  int64_t capacity_ = 0;
-  Phase finished_;  // counts the threads that have left the job
+  std::deque<Seat> seats_;  // which stay where they are
+  // Of the job under way.
   const std::function<void(Worker&)>* job_ = nullptr;
-  // Sequentially consistent, both: either the announcer sees the sleeper or the sleeper sees the announcement.
-  std::atomic<uint32_t> announced_{0};
-  std::atomic<int> sleeping_{0};
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::vector<std::thread> threads_;
+  int num_threads_ = 0;
+  std::vector<Phase> phases_;
+  std::vector<Share> shares_;  // [phases, num_threads]
+  Phase finished_;             // counts the threads that have left it
 };
 
 }  // namespace
@@ -126,19 +128,15 @@ void run_parallel(int num_threads, int64_t num_phases, const std::function<void(
     return;
   }
   static std::mutex turn;
-  // Never destroyed: its threads may be gone by the time destructors of statics run, and do not exist after a fork.
+  // Never destroyed, as its threads never end. They do not exist after a fork.
   static ThreadPool* pool = nullptr;
   static pid_t owner = 0;
   const std::lock_guard<std::mutex> lock(turn);
-  if (pool != nullptr && owner == getpid() && pool->num_threads() != num_threads) {
-    delete pool;
-    pool = nullptr;
-  }
-  if (pool == nullptr || owner != getpid()) {
-    pool = new ThreadPool(num_threads);
+  if (owner != getpid()) {
+    pool = new ThreadPool;
     owner = getpid();
   }
-  pool->run(num_phases, job);
+  pool->run(num_threads, num_phases, job);
 }
 
 }  // namespace llm2_fast

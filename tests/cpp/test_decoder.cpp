@@ -38,7 +38,7 @@ constexpr DType dtype_of() {
 }
 
 void test_thread_pool() {
-  for (int num_threads : {1, 2, 3, 2, 5}) {
+  for (int num_threads : {1, 2, 3, 2, 5, 3, 2, 5, 1}) {  // smaller jobs leave threads of the pool out
     current_case = "thread pool of " + std::to_string(num_threads);
     for (int64_t items : {0, 1, 7, 1000}) {
       // Each phase reads what another thread may have written in the one before.
@@ -330,6 +330,37 @@ void test_selection(TinyDecoder<T>& tiny, Isa isa) {
   }
 }
 
+// The logits of a row are written if they are wanted, and only they; the selection does not depend on it.
+template <typename T>
+void test_selection_without_logits(TinyDecoder<T>& tiny) {
+  constexpr int64_t kRows = 2, kNobody = -1;
+  constexpr float kUntouched = -7654321.0f;
+  const int32_t slots[kRows] = {0, 2};  // of different tokens
+  for (int num_threads : {1, 3}) {
+    const auto select = [&](float* const* rows) {
+      Selection selection(3, {-10.0f, -10.0f}, {0, 0}, tiny.kVocab);
+      tiny.decoder().select(tiny.cache(), slots, kRows, selection.args(nullptr), rows, num_threads);
+      return selection;
+    };
+    std::vector<float> logits(static_cast<size_t>(kRows * tiny.kVocab));
+    float* const rows[kRows] = {logits.data(), logits.data() + tiny.kVocab};
+    const Selection expected = select(rows);
+    CHECK(std::memcmp(rows[0], rows[1], static_cast<size_t>(tiny.kVocab) * sizeof(float)) != 0);
+    for (int64_t wanted : {kNobody, int64_t{0}, int64_t{1}}) {
+      std::vector<float> written(logits.size(), kUntouched);
+      float* wanted_rows[kRows] = {};
+      if (wanted != kNobody) wanted_rows[wanted] = written.data() + wanted * tiny.kVocab;
+      const Selection selection = select(wanted_rows);
+      CHECK(selection.ids == expected.ids && selection.count == expected.count && selection.cut == expected.cut);
+      CHECK(same_bits(selection.logits, expected.logits) && same_bits(selection.logsumexp, expected.logsumexp));
+      for (int64_t i = 0; i < kRows * tiny.kVocab; ++i) {
+        const size_t index = static_cast<size_t>(i);
+        CHECK(written[index] == (i / tiny.kVocab == wanted ? logits[index] : kUntouched));
+      }
+    }
+  }
+}
+
 // A token gives the same bits as part of a prompt, alone, and as a branch that is kept, with any number of threads.
 template <typename T>
 void test_decoder(Family family, Isa isa, int64_t group_size) {
@@ -356,6 +387,7 @@ void test_decoder(Family family, Isa isa, int64_t group_size) {
   CHECK(same_bits(tiny.extend(1, {30}, 10, 1), next));
 
   test_selection(tiny, isa);
+  test_selection_without_logits(tiny);
 }
 
 // Rows with the low-rank updates beside rows without, each with a cache of their own, give what they give alone.

@@ -85,8 +85,8 @@ class Worker {
 
 // Calls job(worker) on `num_threads` threads, the calling one among them, and returns when all have finished. The job
 // has at most `num_phases` phases, must not throw and must not start another. The other threads are kept: they spin for
-// a moment, in case the next job comes soon, and then sleep. Jobs of different callers take turns. Throws
-// std::bad_alloc, and std::system_error if threads cannot be started.
+// a moment, in case the next job comes soon, and then sleep. Those that a smaller job does not need sit it out. Jobs of
+// different callers take turns. Throws std::bad_alloc, and std::system_error if threads cannot be started.
 void run_parallel(int num_threads, int64_t num_phases, const std::function<void(Worker&)>& job);
 
 }  // namespace llm2_fast
