@@ -58,7 +58,8 @@ def load(
         model: A Hugging Face directory or hub id, the path of a GGUF file (converted once and cached), or a loaded
             model, which is used as it is.
         verifier: Directory or hub id of a verifier, a loaded `Verifier`, or None for plain decoding.
-        tokenizer: Instead of the one beside the weights. A model without one takes token ids only.
+        tokenizer: Instead of the one beside the weights. A directory without one, or a model in memory, takes token ids
+            only.
         device: "auto" or a torch device.
         dtype: "auto" (the checkpoint's; float32 for GGUF) or a floating-point torch dtype or its name.
         backend: "cpu", "cuda", "reference", or "auto": that of the model's device, "cpu" or "cuda", where it supports
