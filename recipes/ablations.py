@@ -126,7 +126,7 @@ class Ablations:
                 self.base.system1, KIND, f"ablations/{split}", f"ablations/greedy-{split}", beta=self.beta
             ),
         )
-        return *_cost(cost), *next(_right(evaluation(self.stages, f"greedy, {split}")))[:-1]
+        return *_cost(cost), *self._right_at_beta(evaluation(self.stages, f"greedy, {split}"))
 
     def make_problems(self, split: str, operations: int) -> None:
         """Problems with so many operations that neither System 1 nor the verifier has learnt."""
@@ -137,8 +137,8 @@ class Ablations:
     def words(self) -> tuple[Any, ...]:
         """What exploring half of the problems costs in the recipe, and what it brings."""
         tokenizer = AutoTokenizer.from_pretrained(self.base.system1)
-        right = next(_right(evaluation(self.stages, "greedy, answers")))
-        return len(tokenizer), *_cost(self.stages.result("explore, answers")), *right[:-1]
+        right = self._right_at_beta(evaluation(self.stages, "greedy, answers"))
+        return len(tokenizer), *_cost(self.stages.result("explore, answers")), *right
 
     def pieces(self, vocab_size: int) -> tuple[Any, ...]:
         """The same with another tokenizer, so with another System 1. Texts take up to twice as many tokens."""
@@ -151,7 +151,11 @@ class Ablations:
         cost = stages.run("explore", experiment.explore)
         stages.run("train", lambda: experiment.train(KIND))
         stages.run("greedy", lambda: experiment.greedy(experiment.system1, KIND, self.beta))
-        return vocab_size, *_cost(cost), *next(_right(evaluation(stages, "greedy")))[:-1]
+        return vocab_size, *_cost(cost), *self._right_at_beta(evaluation(stages, "greedy"))
+
+    def _right_at_beta(self, report: EvaluationReport) -> tuple[str, ...]:
+        """`_right` with the recipe's beta, without its last column."""
+        return next(row[:-1] for row in _right(report) if row[1] == f"{self.beta:g}")
 
     def grid(self) -> dict[str, Any]:
         """Every alpha with every beta on the validation split."""
