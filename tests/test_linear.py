@@ -278,3 +278,50 @@ def test_wrong_buffers_are_refused_by_name(change, message):
     change(buffers, layout)
     with pytest.raises(ValueError, match=message):
         rebuild(buffers, **layout)
+
+
+def buffers(linear):
+    return {name: from_dlpack(capsule) for name, capsule in linear.buffers().items()}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", [0, 8])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_pieces_make_the_whole(isa, dtype, group_size, interleaved):
+    weights = [random(150, 19, dtype=dtype, seed=seed) for seed in range(1 + interleaved)]
+    whole = pack(weights, interleaved=interleaved, isa=isa, group_size=group_size)
+    name = str(dtype).removeprefix("torch.")
+    pieces = extension.PackedLinear.unpacked(name, 19, 150 * len(weights), interleaved, isa, group_size)
+    step = 2 * pieces.piece_rows
+    for first in reversed(range(0, 150, step)):  # in any order
+        pieces.pack_rows(first, [to_dlpack(weight[first : first + step]) for weight in weights], 2)
+    expected = buffers(whole)
+    assert buffers(pieces).keys() == expected.keys()
+    assert all(torch.equal(actual, expected[name]) for name, actual in buffers(pieces).items())
+    assert pieces.layout == whole.layout
+
+
+@pytest.mark.parametrize(
+    ("first", "weights", "message"),
+    [
+        (1, [torch.ones(64, 5)], "rows: expected those from one multiple of .* got 1 to 65"),
+        (-64, [torch.ones(64, 5)], "rows: expected"),
+        (64, [torch.ones(65, 5)], "rows: expected .* got 64 to 129"),
+        (0, [torch.ones(7, 5)], "rows: expected .* got 0 to 7"),
+        (0, [torch.ones(64, 6)], "weights: expected shape"),
+        (0, [torch.ones(64, 5, dtype=torch.bfloat16)], "weights: expected"),
+        (0, [torch.ones(64, 5)] * 2, "number of weights: expected 1, got 2"),
+    ],
+)
+def test_pieces_that_do_not_fit_are_refused(first, weights, message):
+    linear = extension.PackedLinear.unpacked("float32", 5, 128, False)
+    with pytest.raises(ValueError, match=message):
+        linear.pack_rows(first, [to_dlpack(weight) for weight in weights], 1)
+
+
+def test_buffers_of_others_are_not_written_to():
+    whole = pack([torch.ones(64, 5)])
+    mapped = extension.PackedLinear.from_buffers(whole.buffers(), **whole.layout)
+    with pytest.raises(ValueError, match="linear: expected one made by unpacked"):
+        mapped.pack_rows(0, [to_dlpack(torch.ones(64, 5))], 1)
