@@ -95,7 +95,7 @@ class Experiment:
             **{**self.settings.exploration, **options},
         )
         report = ExplorationReport.read(self.directory / name)  # of interrupted runs, too
-        return {**dataclasses.asdict(report), "tokens_per_second": report.tokens_per_second}
+        return {**report.to_json(), "tokens_per_second": report.tokens_per_second}
 
     def train(self, kind: str, name: str | None = None, supervision: str = "supervision") -> dict[str, Any]:
         """A verifier; its pairwise accuracy on the held-out tenth of the supervision."""

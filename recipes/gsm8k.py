@@ -69,8 +69,9 @@ class GradeSchool:
         for name, count in {**counts, "train": options.num_train}.items():
             source = test if name == "test" else lines
             if len(source) < count:
-                left = f"{len(source)} left for {name} of {options.test if source is test else options.train}"
-                raise ArgumentError("train" if source is lines else "test", f"a file with {count} more problems", left)
+                argument = "train" if source is lines else "test"
+                left = f"{len(source)} left for {name} of {vars(options)[argument]}"
+                raise ArgumentError(argument, f"a file with {count} more problems", left)
             write_lines(path(name), source[:count])
             del source[:count]
         separate(path("validation"), path("test"), [path("train"), path("system1")])

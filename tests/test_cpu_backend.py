@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,13 +87,6 @@ def everything(results):
     ]
 
 
-def extension_of_tier(isa):
-    """The extension, with decoders of the tier `isa`: that of their packed layers."""
-    extension = ops.cpu_extension()
-    pack = functools.partial(extension.PackedLinear, isa=isa)
-    return SimpleNamespace(**{**vars(extension), "PackedLinear": pack})
-
-
 def compare_with_reference(model, verifier, **options):
     with clear_candidates():
         expected = generate("reference", model, verifier, **options)
@@ -164,7 +155,7 @@ def test_bfloat16_hidden_states(family, adapted, isa):
     if adapted:
         loaded, verifier = LoadedModel(model, None, "tiny"), case(family, "lora").verifier
         reference, updates = verifier.scorer(loaded).decoder, lora_updates(loaded, verifier)
-    extension = extension_of_tier(isa)
+    extension = tiny.extension_of(isa)
     weights = PackedWeights.pack(extension, model)
     compiled = cached_decoder.CachedDecoder(
         extension, weights.decoder(updates), weights.spec, len(PROMPTS), adapted=adapted
@@ -367,7 +358,7 @@ def test_cache_is_bitwise_that_of_a_fresh_prefill(kind, family, dtype):
 @pytest.mark.parametrize("quantization", [None, "int8-group32"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_tier_gives_the_references_tokens(isa, quantization, monkeypatch):
-    extension = extension_of_tier(isa)
+    extension = tiny.extension_of(isa)
     monkeypatch.setattr(ops, "cpu_extension", lambda: extension)
     for family, kind in (("qwen3", None), ("qwen3", "head"), ("gemma3", "head")):
         model, verifier, _ = vars(case(family, kind)).values()

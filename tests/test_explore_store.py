@@ -120,7 +120,7 @@ def test_a_shard_under_way_is_left_out_loudly(tmp_path):
 
 def test_progress_shows_the_time_left(tmp_path, engine, capsys):
     explore(engine, PROBLEMS[:2], tmp_path, progress=True, **OPTIONS)
-    assert re.search(r"explore: +50%.*1/2 \[\d\d:\d\d<", capsys.readouterr().err)
+    assert re.search(r"explore: 100%.*2/2 \[\d\d:\d\d<\d\d:\d\d, .*tokens/s", capsys.readouterr().err)
 
 
 def test_an_example_is_written_once(tmp_path):

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from safetensors import safe_open
@@ -184,25 +183,12 @@ def test_another_version(module, name, value, saved, packings, monkeypatch):
     assert len(packings) == 1
 
 
-def extension_of(isa):
-    """The extension as on a machine whose best tier is `isa`."""
-
-    class PackedLinear(extension.PackedLinear):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, isa, **options)
-
-        @staticmethod
-        def unpacked(*arguments, **options):
-            return extension.PackedLinear.unpacked(*arguments, isa=isa, **options)
-
-    return SimpleNamespace(**{**vars(extension), "cpu_isa": lambda: isa, "PackedLinear": PackedLinear})
-
-
 @pytest.mark.skipif(extension is None or len(extension.cpu_isas()) < 2, reason="needs two tiers")
 def test_tiers_do_not_share_files(saved, packings, cache, monkeypatch):
     load(saved)
     expected = everything(llm2_fast.load(saved, device="cpu", backend="cpu"))
-    monkeypatch.setattr(ops, "cpu_extension", lambda: extension_of("portable"))
+    portable_extension = tiny.extension_of("portable")
+    monkeypatch.setattr(ops, "cpu_extension", lambda: portable_extension)
     portable = [tokens for tokens, *_ in everything(load(saved))]
     assert portable == [tokens for tokens, *_ in expected]
     assert len(list(cache.iterdir())) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from llm2_fast import ops
 from llm2_fast.models.quantization import Quantization
 
 VOCAB = 61
@@ -124,3 +126,18 @@ def classifier(family: str, seed: int = 1, **overrides: object) -> PreTrainedMod
     """A random sequence classifier with one label, smaller than `causal_lm`."""
     shape = config(family, **{"num_labels": 1, **overrides})
     return randomize(AutoModelForSequenceClassification.from_config(shape), seed)
+
+
+def extension_of(isa):
+    """The CPU extension as on a machine whose best tier is `isa`."""
+    extension = ops.cpu_extension()
+
+    class PackedLinear(extension.PackedLinear):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, isa, **options)
+
+        @staticmethod
+        def unpacked(*arguments, **options):
+            return extension.PackedLinear.unpacked(*arguments, isa=isa, **options)
+
+    return SimpleNamespace(**{**vars(extension), "cpu_isa": lambda: isa, "PackedLinear": PackedLinear})

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _FILE = "report.json"
 
@@ -64,8 +65,12 @@ class ExplorationReport:
         total.add(dataclasses.replace(self, resumed=0))
         path = Path(directory) / _FILE
         staging = path.with_suffix(".tmp")
-        staging.write_text(json.dumps(dataclasses.asdict(total)), encoding="utf-8")
+        staging.write_text(json.dumps(total.to_json()), encoding="utf-8")
         os.replace(staging, path)
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts by name."""
+        return {**vars(self), "skipped": dict(self.skipped)}
 
     def add(self, other: ExplorationReport) -> None:
         """Add the counts of `other`; its time, which may have run beside this one's, is not added."""
