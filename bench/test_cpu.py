@@ -1,36 +1,45 @@
-"""The cpu backend, prefill included, beside the reference backend and transformers' own loop, in float32 and bfloat16.
+"""The cpu backend beside the reference backend, transformers' own loop and the naive LLM2 on it.
 
-`cpu int8` is the cpu backend with int8 weights, a scale per output feature, and activations of the dtype.
+Whole generations, prefill included, in float32 and bfloat16; then, in bfloat16, prompts alone, and the time of a step
+against the length of the prefix and the number of branches. `cpu int8` is the cpu backend with int8 weights, a scale
+per output feature, and activations of the dtype; `cpu int8-group32` has a scale per 32 inputs.
 
-The model is SmolLM2-135M-Instruct, the `head` verifier the one that comes with the package. `full` has the shape of the
-LLM and random weights: it costs what a trained one costs, but chooses other tokens. End-of-sequence tokens are ignored.
+The model is SmolLM2-135M-Instruct, the `head` verifier the one that comes with the package. `lora` (rank 16) and `full`
+(the shape of the LLM) have random weights: they cost what trained ones cost, but choose other tokens. End-of-sequence
+tokens are ignored.
 
 Environment:
     LLM2_FAST_BENCH_NEW_TOKENS: Tokens per prompt, 64 by default.
     LLM2_FAST_BENCH_ROUNDS: Rounds per benchmark, 3 by default.
+    LLM2_FAST_BENCH_PROBLEMS: A JSON-lines file with "question" to take prompts from, e.g. GSM8K's.
 """
 
 from __future__ import annotations
 
-import copy
+import itertools
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import harness
+import naive
 import pytest
 import torch
-from transformers import AutoModel
+from random_models import random_full, random_lora
 
 import llm2_fast
+from llm2_fast import Engine
 from llm2_fast.models.loading import LoadedModel, load_model
 from llm2_fast.models.smollm2 import default_verifier, model_file
-from llm2_fast.verifier import FullVerifier, Verifier
+from llm2_fast.verifier import HeadVerifier, Verifier
 
 pytest_plugins = ["harness"]  # prints the closing table
 
 NEW_TOKENS = int(os.environ.get("LLM2_FAST_BENCH_NEW_TOKENS", 64))
 ROUNDS = int(os.environ.get("LLM2_FAST_BENCH_ROUNDS", 3))
+PROBLEMS = os.environ.get("LLM2_FAST_BENCH_PROBLEMS")
 QUESTION = "A baker makes {} loaves and sells 7 of them. How many are left?"
 
 Decode = Callable[[int], list[int]]  # new tokens -> the number of candidates of every step, empty without a verifier
@@ -55,8 +64,15 @@ def make_verifier(kind: str, model: LoadedModel) -> Verifier | None:
     if kind == "head":
         return Verifier.from_pretrained(default_verifier())
     torch.manual_seed(0)
-    network = AutoModel.from_config(copy.deepcopy(model.model.config)).to(model.model.dtype).eval()
-    return FullVerifier(network, torch.randn(1, model.model.config.hidden_size) * 0.02)
+    return {"lora": random_lora, "full": random_full}[kind](model.model)
+
+
+def make_prompts(model: LoadedModel, count: int) -> list[list[int]]:
+    questions = (QUESTION.format(10 + i) for i in range(count))
+    if PROBLEMS is not None:
+        lines = Path(PROBLEMS).read_text(encoding="utf-8").splitlines()
+        questions = (json.loads(line)["question"] for line in itertools.islice(itertools.cycle(lines), count))
+    return [model.tokenizer(question)["input_ids"] for question in questions]
 
 
 def int8_bytes(module: torch.nn.Module) -> int:
@@ -91,13 +107,39 @@ def decode_with_transformers(model: LoadedModel, prompts: list[list[int]]) -> De
     return decode
 
 
+def decode_with_naive(model: LoadedModel, verifier: Verifier, prompts: list[list[int]]) -> Decode:
+    network = model.model.base_model if isinstance(verifier, HeadVerifier) else verifier.network
+    head = verifier.head_for(model)
+
+    def score(hidden_states: torch.Tensor) -> torch.Tensor:
+        return head([hidden_states]).unsqueeze(-1)
+
+    def decode(new_tokens: int) -> list[int]:
+        (prompt,) = prompts
+        return naive.generate(model.model, naive.NaiveVerifier(network, score), prompt, max_new_tokens=new_tokens)[1]
+
+    return decode
+
+
+def is_measured(decoder: str, dtype: str, kind: str, batch: int) -> bool:
+    if decoder == "naive":
+        return kind in ("head", "full") and batch == 1
+    if decoder in ("reference", "transformers"):
+        return kind in (("none", "head", "full") if decoder == "reference" else ("none",)) and batch == 1
+    if decoder == "cpu int8-group32":
+        return kind == "none" and dtype == "bfloat16" and batch <= 8
+    return batch <= 8 or (decoder == "cpu" and dtype == "bfloat16")
+
+
 CASES = [
-    (decoder, dtype, kind, batch)
-    for batch in (1, 8)
-    for dtype in ("bfloat16", "float32")
-    for kind in ("none", "head", "full")
-    for decoder in ("cpu", "cpu int8", "reference", "transformers")
-    if (decoder != "transformers" or kind == "none") and (decoder.startswith("cpu") or batch == 1)
+    case
+    for case in itertools.product(
+        ("cpu", "cpu int8", "cpu int8-group32", "reference", "transformers", "naive"),
+        ("bfloat16", "float32"),
+        ("none", "head", "lora", "full"),
+        (1, 8, 16, 32),
+    )
+    if is_measured(*case)
 ]
 
 
@@ -105,9 +147,11 @@ CASES = [
 def test_cpu(benchmark: Any, models: dict[str, LoadedModel], decoder: str, dtype: str, kind: str, batch: int) -> None:
     model = models[dtype]
     verifier = make_verifier(kind, model)
-    prompts = [model.tokenizer(QUESTION.format(10 + i))["input_ids"] for i in range(batch)]
+    prompts = make_prompts(model, batch)
     if decoder == "transformers":
         decode = decode_with_transformers(model, prompts)
+    elif decoder == "naive":
+        decode = decode_with_naive(model, verifier, prompts)
     else:
         decode = decode_with_engine(decoder, model, verifier, prompts)
     decode(3)
@@ -120,7 +164,49 @@ def test_cpu(benchmark: Any, models: dict[str, LoadedModel], decoder: str, dtype
         tokens=NEW_TOKENS * batch,
         prompt_tokens=sum(map(len, prompts)),
         weight_bytes=weight_bytes(model.model),
-        verifier_bytes=weight_bytes(verifier.network) if kind == "full" else 0,
+        verifier_bytes=weight_bytes(verifier.network) if kind == "full" else 0,  # others have next to none
     )
     facts = {"mean |C|": round(sum(counts) / len(counts), 2)} if counts else {}
     harness.record(benchmark, workload, decoder=f"{decoder} {dtype}", verifier=kind, batch=batch, **facts)
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "cpu int8", "transformers"])
+def test_prompt(benchmark: Any, models: dict[str, LoadedModel], decoder: str) -> None:
+    """512 tokens, to the first new one."""
+    prompts = [list(range(1000, 1512))]
+    if decoder == "transformers":
+        decode = decode_with_transformers(models["bfloat16"], prompts)
+    else:
+        decode = decode_with_engine(decoder, models["bfloat16"], None, prompts)
+    decode(1)
+    benchmark.group = "a prompt of 512 tokens, bfloat16"
+    benchmark.pedantic(decode, (1,), rounds=ROUNDS)
+
+
+def benchmark_steps(benchmark: Any, engine: Engine, prompt: list[int], **options: Any) -> None:
+    """Whole generations of 24 tokens; what a step took is in `extra_info`."""
+    milliseconds = []
+
+    def generate() -> None:
+        (result,) = engine.generate([prompt], max_new_tokens=24, ignore_eos=True, **options)
+        milliseconds.append(1e3 * result.stats.decode_seconds / result.stats.steps)
+
+    benchmark.pedantic(generate, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.extra_info["ms/step"] = round(sorted(milliseconds)[len(milliseconds) // 2], 2)
+
+
+@pytest.mark.parametrize("length", [128, 512, 1024, 2048, 4096])
+def test_prefix(benchmark: Any, models: dict[str, LoadedModel], length: int) -> None:
+    benchmark.group = "plain steps against the length of the prefix, bfloat16"
+    benchmark_steps(
+        benchmark, llm2_fast.load(models["bfloat16"].model, backend="cpu"), list(range(1000, 1000 + length))
+    )
+
+
+@pytest.mark.parametrize("branches", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("kind", ["head", "lora"])
+def test_branches(benchmark: Any, models: dict[str, LoadedModel], kind: str, branches: int) -> None:
+    benchmark.group = f"{kind} steps against the number of branches, bfloat16"
+    model = models["bfloat16"]
+    engine = llm2_fast.load(model.model, make_verifier(kind, model), backend="cpu")
+    benchmark_steps(benchmark, engine, list(range(1000, 1064)), alpha=0.0, candidate_top_k=branches)
