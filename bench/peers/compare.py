@@ -115,7 +115,8 @@ def measure(found: list[Entry], prompts: list[list[int]], new_tokens: int, round
         measured = [entry for entry in found if batch_size in entry.batch_sizes]
         for entry in measured:
             entry.decode((prompts * batch_size)[:batch_size], 4)  # warm-up: caches of this size exist from here on
-            entry.candidates.clear()
+            if batch_size == 1:
+                entry.candidates.clear()
         repeated = prompts * -(-batch_size // len(prompts))
         for _ in range(rounds):
             for first in range(0, len(repeated), batch_size):
