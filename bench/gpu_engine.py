@@ -201,12 +201,11 @@ def time_transformers(sizes: Sizes, model: PreTrainedModel, prefix: int, *, comp
 
 def time_naive(sizes: Sizes, model: PreTrainedModel, verifier: Verifier, prefix: int) -> Timing:
     """Seconds per token of LLM2 as one would first write it on transformers."""
-    network = model.base_model if verifier.kind == "head" else verifier.network
-    head = verifier.head.to(sizes.device)
+    verifier.head.to(sizes.device)
     counts: Counter[int] = Counter()
 
     def generate(new_tokens: int) -> int:
-        scorer = naive.NaiveVerifier(network, lambda states: head([states]).unsqueeze(-1))
+        scorer = naive.NaiveVerifier.of(model, verifier)
         tokens, num_candidates = naive.generate(model, scorer, prompt, max_new_tokens=new_tokens)
         counts.update(num_candidates)
         return len(tokens)

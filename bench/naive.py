@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from llm2_fast.verifier import FullVerifier, HeadVerifier
+
 
 class NaiveVerifier:
     """Scores the candidates of one sequence.
@@ -28,6 +30,12 @@ class NaiveVerifier:
     def __init__(self, network: PreTrainedModel, head: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._network, self._head = network, head
         self._cache = DynamicCache()
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, verifier: HeadVerifier | FullVerifier) -> NaiveVerifier:
+        """A verifier of this package, for one sequence of `model`."""
+        network = verifier.network if isinstance(verifier, FullVerifier) else model.base_model
+        return cls(network, lambda hidden_states: verifier.head([hidden_states]).unsqueeze(-1))
 
     def score(self, token_ids: Sequence[int], candidate_ids: torch.Tensor) -> torch.Tensor:
         """Append `token_ids` to the sequence and score `candidate_ids` [k] as its next token; float32 [k]."""

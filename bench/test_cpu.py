@@ -33,7 +33,7 @@ import llm2_fast
 from llm2_fast import Engine
 from llm2_fast.models.loading import LoadedModel, load_model
 from llm2_fast.models.smollm2 import default_verifier, model_file
-from llm2_fast.verifier import HeadVerifier, Verifier
+from llm2_fast.verifier import Verifier
 
 pytest_plugins = ["harness"]  # prints the closing table
 
@@ -108,15 +108,11 @@ def decode_with_transformers(model: LoadedModel, prompts: list[list[int]]) -> De
 
 
 def decode_with_naive(model: LoadedModel, verifier: Verifier, prompts: list[list[int]]) -> Decode:
-    network = model.model.base_model if isinstance(verifier, HeadVerifier) else verifier.network
-    head = verifier.head_for(model)
-
-    def score(hidden_states: torch.Tensor) -> torch.Tensor:
-        return head([hidden_states]).unsqueeze(-1)
+    (prompt,) = prompts
 
     def decode(new_tokens: int) -> list[int]:
-        (prompt,) = prompts
-        return naive.generate(model.model, naive.NaiveVerifier(network, score), prompt, max_new_tokens=new_tokens)[1]
+        scorer = naive.NaiveVerifier.of(model.model, verifier)
+        return naive.generate(model.model, scorer, prompt, max_new_tokens=new_tokens)[1]
 
     return decode
 

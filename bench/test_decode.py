@@ -148,15 +148,11 @@ def transformers_generate(model: LoadedModel, verifier: Verifier | None, batch: 
 
 def naive_generate(model: LoadedModel, verifier: Verifier, batch: int) -> Decode:
     """LLM2 on transformers as one would first write it; one sequence at a time."""
-    network = model.model.base_model if isinstance(verifier, HeadVerifier) else verifier.network
-
-    def score(hidden_states: torch.Tensor) -> torch.Tensor:
-        return verifier.head([hidden_states]).unsqueeze(-1)
 
     def decode(prompts: list[list[int]], new_tokens: int) -> Outcome:
         (prompt,) = prompts
         token_ids, counts = naive.generate(
-            model.model, naive.NaiveVerifier(network, score), prompt, max_new_tokens=new_tokens
+            model.model, naive.NaiveVerifier.of(model.model, verifier), prompt, max_new_tokens=new_tokens
         )
         return Outcome([token_ids], counts)
 

@@ -41,6 +41,14 @@ void require_shape_of_layer(const std::string& dtype, int64_t in_features, int64
   if (interleaved) require_equal("out_features % 2", out_features % 2, 0);
 }
 
+const char* dtype_name(const PackedLinear& linear) {
+  return linear.dtype() == DType::kFloat32 ? "float32" : "bfloat16";
+}
+
+Arrangement arrangement_of(bool interleaved) {
+  return interleaved ? Arrangement::kInterleaved : Arrangement::kStacked;
+}
+
 void require_group_size(int64_t group_size, int64_t in_features) {
   require_at_least("group_size", group_size, 0);
   if (group_size % 2 != 0 && group_size < in_features) {
@@ -75,7 +83,7 @@ PackedPtr make_packed_linear(const std::vector<py::object>& weights, const std::
   require_group_size(group_size, first.size(1));
   require_at_least("out_features of weights", first.size(0), 1);
   const Isa tier = chosen_isa(isa);
-  const Arrangement arrangement = interleaved ? Arrangement::kInterleaved : Arrangement::kStacked;
+  const Arrangement arrangement = arrangement_of(interleaved);
   const py::gil_scoped_release release;
   return std::make_shared<PackedLinear>(float_dtype(first), views, first.size(1), arrangement, tier, num_threads,
                                         group_size);
@@ -86,8 +94,7 @@ PackedPtr make_unpacked(const std::string& dtype, int64_t in_features, int64_t o
   require_shape_of_layer(dtype, in_features, out_features, interleaved);
   require_group_size(group_size, in_features);
   return std::make_shared<PackedLinear>(dtype == "float32" ? DType::kFloat32 : DType::kBFloat16, in_features,
-                                        out_features, interleaved ? Arrangement::kInterleaved : Arrangement::kStacked,
-                                        chosen_isa(isa), group_size);
+                                        out_features, arrangement_of(interleaved), chosen_isa(isa), group_size);
 }
 
 void pack_rows_py(PackedLinear& linear, int64_t first, const std::vector<py::object>& weights, int num_threads) {
@@ -99,7 +106,7 @@ void pack_rows_py(PackedLinear& linear, int64_t first, const std::vector<py::obj
   std::vector<std::unique_ptr<TensorArgument>> tensors;
   std::vector<WeightView> views;
   for (const py::object& capsule : weights) {
-    const char* dtype = linear.dtype() == DType::kFloat32 ? "float32" : "bfloat16";
+    const char* dtype = dtype_name(linear);
     tensors.emplace_back(new TensorArgument("weights", capsule, {dtype}, 2));
     const TensorArgument& weight = *tensors.back();
     weight.require_shape({tensors.front()->size(0), linear.in_features()});
@@ -162,7 +169,7 @@ py::dict buffers_py(const PackedPtr& linear) {
 
 py::dict layout_py(const PackedLinear& linear) {
   py::dict layout;
-  layout["dtype"] = linear.dtype() == DType::kFloat32 ? "float32" : "bfloat16";
+  layout["dtype"] = dtype_name(linear);
   layout["in_features"] = linear.in_features();
   layout["out_features"] = linear.out_features();
   layout["interleaved"] = linear.arrangement() == Arrangement::kInterleaved;
@@ -186,7 +193,7 @@ PackedPtr packed_from_buffers(const py::dict& capsules, const std::string& dtype
     const DType element = tensor.dtype() == "int8" ? DType::kInt8 : float_dtype(tensor);
     buffers.push_back({tensor.name(), element, tensor.data<void>(), tensor.size(0)});
   }
-  const Arrangement arrangement = interleaved ? Arrangement::kInterleaved : Arrangement::kStacked;
+  const Arrangement arrangement = arrangement_of(interleaved);
   const DType type = dtype == "float32" ? DType::kFloat32 : DType::kBFloat16;
   auto linear = std::make_shared<PackedLinear>(type, in_features, out_features, arrangement, parse_isa("isa", isa),
                                                group_size, buffers, tensors);
@@ -195,7 +202,7 @@ PackedPtr packed_from_buffers(const py::dict& capsules, const std::string& dtype
 }
 
 void multiply_py(const PackedLinear& linear, py::handle input, py::handle output, int num_threads) {
-  const char* dtype = linear.dtype() == DType::kFloat32 ? "float32" : "bfloat16";
+  const char* dtype = dtype_name(linear);
   const TensorArgument x("input", input, {dtype}, 2);
   x.require_shape({x.size(0), linear.in_features()});
   const MatrixArgument y("output", output, "float32", x.size(0), linear.out_features(), Access::kWrite);

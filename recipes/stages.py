@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llm2_fast.errors import ArgumentError
+from llm2_fast.store import replace_text
 
 _MANIFEST = "recipe.json"
 
@@ -52,9 +52,7 @@ class Stages:
             start = time.perf_counter()
             result = work()
             done[name] = {"seconds": round(time.perf_counter() - start, 1), "result": result}
-            staging = self._path.with_suffix(".tmp")
-            staging.write_text(json.dumps(self._manifest, indent=1), encoding="utf-8")
-            os.replace(staging, self._path)
+            replace_text(self._path, json.dumps(self._manifest, indent=1))
         return self.result(name)
 
     def result(self, name: str) -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from types import SimpleNamespace
 
 import pytest
 
 import arithmetic
 import llm2_fast
 from llm2_fast import ArgumentError, MissingDependencyError
-from llm2_fast.exploration.cluster import RayExplorer
+from llm2_fast.exploration import cluster as explore_cluster
 from llm2_fast.problems import load_problems
 from llm2_fast.supervision import read_supervision
 
@@ -104,14 +103,11 @@ def test_bad_arguments_are_refused(tmp_path, saved):
     ],
 )
 def test_no_more_workers_than_can_be_placed(machines, num_workers, cores):
-    explorer = object.__new__(RayExplorer)
-    explorer._num_workers = num_workers
-    explorer._ray = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": machine} for machine in machines])
     if isinstance(cores, int):
-        assert explorer._cores_per_worker() == cores
+        assert explore_cluster._cores_per_worker(machines, num_workers) == cores
     else:
         with pytest.raises(ArgumentError, match=f"num_workers: expected {cores}, got {num_workers}"):
-            explorer._cores_per_worker()
+            explore_cluster._cores_per_worker(machines, num_workers)
 
 
 def test_without_ray_the_error_says_what_to_install(tmp_path, saved, monkeypatch):

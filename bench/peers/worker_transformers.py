@@ -13,7 +13,7 @@ from worker import Worker
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import naive
 
-from llm2_fast.verifier import FullVerifier, Verifier
+from llm2_fast.verifier import Verifier
 
 
 class TransformersWorker(Worker):
@@ -42,17 +42,9 @@ class TransformersWorker(Worker):
         return logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
     def _decode_verified(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        full = isinstance(self._verifier, FullVerifier)
-        network = self._verifier.network if full else self._model.base_model  # which runs a second time
-
-        def head(hidden_states: torch.Tensor) -> torch.Tensor:
-            if full:
-                return hidden_states @ self._verifier.head.weight.float().T
-            return self._verifier.head([hidden_states])[:, None]
-
         counts: list[int] = []
         for prompt in prompts:
-            verifier = naive.NaiveVerifier(network, head)
+            verifier = naive.NaiveVerifier.of(self._model, self._verifier)
             counts += naive.generate(self._model, verifier, prompt, max_new_tokens=new_tokens)[1]
         return {"tokens": len(counts), "mean |C|": round(sum(counts) / len(counts), 2)}
 

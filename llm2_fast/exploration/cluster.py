@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,10 @@ class RayExplorer:
             ray.init()
         name = str(Path(model).resolve()) if os.path.exists(model) else str(model)
         self._arguments = (name, dict(load_options), config, max_batch_size)
-        resources = ray.cluster_resources()
-        num_gpus, num_machines = int(resources.get("GPU", 0)), sum(node["Alive"] for node in ray.nodes())
-        self._num_workers = num_workers or num_gpus or num_machines
-        cores = self._cores_per_worker()
-        self._resources = {"num_cpus": cores, "num_gpus": min(1, num_gpus)}
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        num_gpus = _count(machines, "GPU")
+        self._num_workers = num_workers or num_gpus or len(machines)
+        self._resources = {"num_cpus": _cores_per_worker(machines, self._num_workers), "num_gpus": min(1, num_gpus)}
         self._idle = [self._start_worker() for _ in range(self._num_workers)]
 
     def manifest(self) -> Manifest:
@@ -127,22 +126,6 @@ class RayExplorer:
             self._ray.shutdown()
         self._idle.clear()  # a worker ends when nothing refers to it
 
-    def _cores_per_worker(self) -> int:
-        """As many as there can be for each worker; a worker is on one machine.
-
-        Raises:
-            ArgumentError: There are more workers than GPUs or cores. Those beyond would wait for ever.
-        """
-        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        num_gpus, cores = (sum(int(machine.get(name, 0)) for machine in machines) for name in ("GPU", "CPU"))
-        if self._num_workers > (limit := min(num_gpus, cores) if num_gpus else cores):
-            expected = f"at most {limit}, since the cluster has {num_gpus} GPUs and {cores} cores"
-            raise ArgumentError("num_workers", expected, self._num_workers)
-        size = cores // self._num_workers
-        while sum(int(machine.get("CPU", 0)) // size for machine in machines) < self._num_workers:
-            size -= 1
-        return size
-
     def _start_worker(self) -> Any:
         return self._ray.remote(**self._resources)(_Worker).remote(*self._arguments)
 
@@ -152,3 +135,23 @@ class RayExplorer:
         worker = self._idle.pop()
         results = worker.explore_chunk.options(num_returns="streaming").remote(problems)
         return _Chunk(worker, {problem.id: problem for problem in problems}, results)
+
+
+def _count(machines: Sequence[Mapping[str, float]], resource: str) -> int:
+    return sum(int(machine.get(resource, 0)) for machine in machines)
+
+
+def _cores_per_worker(machines: Sequence[Mapping[str, float]], num_workers: int) -> int:
+    """As many as there can be for each worker; a worker is on one machine.
+
+    Raises:
+        ArgumentError: There are more workers than GPUs or cores. Those beyond would wait for ever.
+    """
+    num_gpus, cores = _count(machines, "GPU"), _count(machines, "CPU")
+    if num_workers > (limit := min(num_gpus, cores) if num_gpus else cores):
+        expected = f"at most {limit}, since the cluster has {num_gpus} GPUs and {cores} cores"
+        raise ArgumentError("num_workers", expected, num_workers)
+    size = cores // num_workers
+    while sum(int(machine.get("CPU", 0)) // size for machine in machines) < num_workers:
+        size -= 1
+    return size

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm2_fast.store import replace_text
+
 _FILE = "report.json"
 
 
@@ -63,10 +65,7 @@ class ExplorationReport:
         """Save the sum with that of earlier calls where `read` finds it."""
         total = dataclasses.replace(earlier, skipped=Counter(earlier.skipped), seconds=earlier.seconds + self.seconds)
         total.add(dataclasses.replace(self, resumed=0))
-        path = Path(directory) / _FILE
-        staging = path.with_suffix(".tmp")
-        staging.write_text(json.dumps(total.to_json()), encoding="utf-8")
-        os.replace(staging, path)
+        replace_text(Path(directory) / _FILE, json.dumps(total.to_json()))
 
     def to_json(self) -> dict[str, Any]:
         """The counts by name."""

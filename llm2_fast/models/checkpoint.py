@@ -152,7 +152,7 @@ class CheckpointSource(ModelSource):
         values = torch.empty(stored.shape, dtype=self.dtype)
         step = max(1, _CHUNK_BYTES // (values[0].numel() * values.element_size()))
         for first in range(0, len(values), step):
-            values[first : first + step] = _read(stored)[first : first + step]
+            values[first : first + step] = self.row_range(parameter, first, first + step)
         return values
 
     def rows(self, parameter: nn.Parameter, indices: Sequence[int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2_fast.errors import ArgumentError
+from llm2_fast.store import replace_text
 from llm2_fast.version import __version__
 
 _RECORD = "training.json"
@@ -76,6 +77,4 @@ class Run:
 
     def _write(self, record: dict[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        staging = self._record.with_suffix(".tmp")
-        staging.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(staging, self._record)
+        replace_text(self._record, json.dumps(record, indent=2) + "\n")
