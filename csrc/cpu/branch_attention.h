@@ -13,6 +13,7 @@
 
 #include "kernels.h"
 #include "multiply_add.h"
+#include "prefix_stream.h"
 #include "vector_math.h"
 
 namespace llm2_fast {
@@ -39,15 +40,8 @@ template <typename T>
 struct Chunk {
   int64_t origin;         // position of its beginning, a multiple of kChunk
   Span span;              // relative to it
-  const T* keys[kChunk];  // of `span`, and elsewhere of one of its positions
+  const T* keys[kChunk];  // of `span`
   const T* values[kChunk];
-};
-
-// Values of a chunk and of the one after it, to be asked for, or null; [kChunk] each.
-template <typename T>
-struct Values {
-  const T* const* current;
-  const T* const* next;
 };
 
 // Softmax state per query head of a tile.
@@ -129,29 +123,27 @@ static void copy_head(const T* head, int64_t head_dim, typename MultiplyAdd<T>::
   }
 }
 
-// Transposes the keys of a chunk and asks for those of the chunk after it.
+// Transposes the keys of a chunk, and asks for as many that come later.
 template <typename T>
-static void transpose_keys(const T* const* keys, const T* const* next_keys, Span span, int64_t head_dim,
+static void transpose_keys(const T* const* keys, Span span, int64_t head_dim, PrefixCursor* ahead,
                            typename MultiplyAdd<T>::Element* transposed) {
   constexpr int64_t kDepth = MultiplyAdd<T>::kDepth, kElements = kLanes * kDepth;
   for (int64_t first = span.begin / kLanes * kLanes; first < span.end; first += kLanes) {
     const bool whole = first >= span.begin && first + kLanes <= span.end;
+    const int64_t begin = first > span.begin ? first : span.begin;
+    const int64_t end = first + kLanes < span.end ? first + kLanes : span.end;
+    ask(ahead, end - begin);
     for (int64_t d = 0; d < head_dim; d += kElements) {
       const int64_t width = head_dim - d < kElements ? head_dim - d : kElements;
       Vec block[kLanes];
       if (whole && width == kElements) {
-        for (int i = 0; i < kLanes; ++i) {
-          block[i] = MultiplyAdd<T>::elements(keys[first + i] + d);
-          prefetch(next_keys[first + i] + d);
-        }
+        for (int i = 0; i < kLanes; ++i) block[i] = MultiplyAdd<T>::elements(keys[first + i] + d);
       } else {
         for (int i = 0; i < kLanes; ++i) {
           const int64_t t = first + i;
-          const bool visible = t >= span.begin && t < span.end;
-          block[i] = !visible             ? set1(0.0f)
-                     : width == kElements ? MultiplyAdd<T>::elements(keys[t] + d)
-                                          : MultiplyAdd<T>::elements(keys[t] + d, static_cast<int>(width));
-          if (visible) prefetch(next_keys[t] + d);
+          block[i] = t < begin || t >= end ? set1(0.0f)
+                     : width == kElements  ? MultiplyAdd<T>::elements(keys[t] + d)
+                                           : MultiplyAdd<T>::elements(keys[t] + d, static_cast<int>(width));
         }
       }
       transpose(block);
@@ -234,29 +226,30 @@ static float softmax_update(float* scores, Span span, float* running_max, float*
 }
 
 // accumulated[h][d] = accumulated[h][d] * factor[h] + sum over t of weights[h][t] * values[t][d] for kVecs vectors of
-// d, of which `width` elements exist.
+// d, of which `width` elements exist. Asks for as many values that come later, unless `ahead` is null.
 template <typename T, int kHeads, int kVecs>
-static void add_values(Values<T> values, Span span, int64_t d, int64_t width, const float* weights, const float* factor,
-                       float* accumulated, int64_t stride) {
+static void add_values(const T* const* values, Span span, int64_t d, int64_t width, PrefixCursor* ahead,
+                       const float* weights, const float* factor, float* accumulated, int64_t stride) {
   Vec total[kHeads][kVecs];
   for (int h = 0; h < kHeads; ++h) {
     for (int v = 0; v < kVecs; ++v) {
       total[h][v] = mul(load(accumulated + h * stride + d + v * kLanes), set1(factor[h]));
     }
   }
-  for (int64_t t = span.begin; t < span.end; ++t) {
-    Vec value[kVecs];
-    if (width == kVecs * kLanes) {
-      for (int v = 0; v < kVecs; ++v) value[v] = load(values.current[t] + d + v * kLanes);
-    } else {
-      value[0] = load_partial(values.current[t] + d, static_cast<int>(width), 0.0f);  // only with kVecs = 1
-    }
-    if (values.next != nullptr) {
-      for (int64_t line = 0; line < width; line += kCacheLine / int64_t{sizeof(T)}) prefetch(values.next[t] + d + line);
-    }
-    for (int h = 0; h < kHeads; ++h) {
-      const Vec weight = set1(weights[h * kChunk + t]);
-      for (int v = 0; v < kVecs; ++v) total[h][v] = fma(weight, value[v], total[h][v]);
+  for (int64_t first = span.begin; first < span.end; first += kLanes) {
+    const int64_t end = first + kLanes < span.end ? first + kLanes : span.end;
+    if (ahead != nullptr) ask(ahead, end - first);
+    for (int64_t t = first; t < end; ++t) {
+      Vec value[kVecs];
+      if (width == kVecs * kLanes) {
+        for (int v = 0; v < kVecs; ++v) value[v] = load(values[t] + d + v * kLanes);
+      } else {
+        value[0] = load_partial(values[t] + d, static_cast<int>(width), 0.0f);  // only with kVecs = 1
+      }
+      for (int h = 0; h < kHeads; ++h) {
+        const Vec weight = set1(weights[h * kChunk + t]);
+        for (int v = 0; v < kVecs; ++v) total[h][v] = fma(weight, value[v], total[h][v]);
+      }
     }
   }
   for (int h = 0; h < kHeads; ++h) {
@@ -284,8 +277,8 @@ static void score_heads(const AttentionTile<T>& tile, int64_t query, Span span) 
 
 // kHeads query heads from `query` on attend to `span` of the current chunk, whose values are given.
 template <typename T, int kHeads>
-static void attend_heads(const AttentionTile<T>& tile, const AttentionState& state, int64_t query, Values<T> values,
-                         Span span) {
+static void attend_heads(const AttentionTile<T>& tile, const AttentionState& state, int64_t query,
+                         const T* const* values, Span span, PrefixCursor* ahead) {
   score_heads<T, kHeads>(tile, query, span);
   float factor[kHeads];
   for (int h = 0; h < kHeads; ++h) {
@@ -296,24 +289,26 @@ static void attend_heads(const AttentionTile<T>& tile, const AttentionState& sta
   float* accumulated = state.accumulated + query * stride;
   int64_t d = 0;
   for (constexpr int64_t kStep = kBlockVecs * kLanes; d + kStep <= head_dim; d += kStep) {
-    add_values<T, kHeads, kBlockVecs>(values, span, d, kStep, tile.weights, factor, accumulated, stride);
+    add_values<T, kHeads, kBlockVecs>(values, span, d, kStep, ahead, tile.weights, factor, accumulated, stride);
+    ahead = nullptr;
   }
   for (; d < head_dim; d += kLanes) {
     const int64_t width = head_dim - d < kLanes ? head_dim - d : kLanes;
-    add_values<T, kHeads, 1>(values, span, d, width, tile.weights, factor, accumulated, stride);
+    add_values<T, kHeads, 1>(values, span, d, width, ahead, tile.weights, factor, accumulated, stride);
+    ahead = nullptr;
   }
 }
 
 // `heads` query heads from `query` on, as many at once as fit the registers.
 template <typename T, int kHeads = kHeadsAtOnce>
 static void attend(const AttentionTile<T>& tile, const AttentionState& state, int64_t query, int64_t heads,
-                   Values<T> values, Span span) {
+                   const T* const* values, Span span, PrefixCursor* ahead) {
   for (; heads >= kHeads; heads -= kHeads, query += kHeads) {
-    attend_heads<T, kHeads>(tile, state, query, values, span);
-    values.next = nullptr;
+    attend_heads<T, kHeads>(tile, state, query, values, span, ahead);
+    ahead = nullptr;
   }
   if constexpr (kHeads > 1) {
-    if (heads > 0) attend<T, kHeads - 1>(tile, state, query, heads, values, span);
+    if (heads > 0) attend<T, kHeads - 1>(tile, state, query, heads, values, span, ahead);
   }
 }
 
@@ -342,7 +337,7 @@ static void clear(const AttentionTile<T>& tile, const AttentionState& state) {
 
 // Finds the positions [begin, end) of the prefix, as many as are in the chunk of the first one.
 template <typename T>
-static void locate(const AttentionTile<T>& tile, int64_t kv_head, int64_t begin, int64_t end, Chunk<T>* chunk) {
+static void locate(const AttentionTile<T>& tile, int64_t begin, int64_t end, Chunk<T>* chunk) {
   const BranchAttentionArgs& args = tile.args;
   const int32_t* blocks = args.block_table + args.row_sequence[tile.rows.begin] * args.block_table_row_stride;
   const int64_t origin = begin / kChunk * kChunk;
@@ -352,29 +347,16 @@ static void locate(const AttentionTile<T>& tile, int64_t kv_head, int64_t begin,
   for (int64_t position = begin; position < end;) {
     const int64_t block = position / args.block_size, block_end = (block + 1) * args.block_size;
     const int64_t id = blocks[block];
-    const T* key = static_cast<const T*>(args.key_cache) + id * args.key_block_stride + kv_head * args.key_head_stride;
-    const T* value =
-        static_cast<const T*>(args.value_cache) + id * args.value_block_stride + kv_head * args.value_head_stride;
+    const int64_t offset = position - block * args.block_size;
+    const T* key = static_cast<const T*>(args.key_cache) + id * args.key_block_stride +
+                   tile.kv_head * args.key_head_stride + offset * args.key_position_stride;
+    const T* value = static_cast<const T*>(args.value_cache) + id * args.value_block_stride +
+                     tile.kv_head * args.value_head_stride + offset * args.value_position_stride;
     for (; position < end && position < block_end; ++position) {
-      const int64_t offset = position - block * args.block_size;
-      chunk->keys[position - origin] = key + offset * args.key_position_stride;
-      chunk->values[position - origin] = value + offset * args.value_position_stride;
-    }
-  }
-  for (int64_t t = 0; t < kChunk; ++t) {
-    if (t >= chunk->span.begin && t < chunk->span.end) continue;
-    chunk->keys[t] = chunk->keys[chunk->span.begin];
-    chunk->values[t] = chunk->values[chunk->span.begin];
-  }
-}
-
-// Asks for all of a chunk at once.
-template <typename T>
-static void prefetch_chunk(const Chunk<T>& chunk, int64_t head_dim) {
-  for (int64_t t = chunk.span.begin; t < chunk.span.end; ++t) {
-    for (int64_t d = 0; d < head_dim; d += kCacheLine / int64_t{sizeof(T)}) {
-      prefetch(chunk.keys[t] + d);
-      prefetch(chunk.values[t] + d);
+      chunk->keys[position - origin] = key;
+      chunk->values[position - origin] = value;
+      key += args.key_position_stride;
+      value += args.value_position_stride;
     }
   }
 }
@@ -385,12 +367,6 @@ static Span visible_within(const BranchAttentionArgs& args, int64_t row, int64_t
   return {begin > 0 ? begin : 0, end < size ? end : size};
 }
 
-// What will most likely be attended to next: the chunk of a position.
-struct Upcoming {
-  int64_t kv_head;
-  int64_t position;
-};
-
 // First visible position of a part.
 template <typename T>
 static int64_t begin_of_part(const AttentionTile<T>& tile, int64_t part) {
@@ -398,36 +374,22 @@ static int64_t begin_of_part(const AttentionTile<T>& tile, int64_t part) {
   return tile.visible.begin > begin ? tile.visible.begin : begin;
 }
 
-// The same position of the next head, or of the last one itself.
-template <typename T>
-static Upcoming next_head(const AttentionTile<T>& tile, int64_t position) {
-  const bool last = tile.kv_head + 1 == tile.args.num_kv_heads;
-  return {last ? tile.kv_head : tile.kv_head + 1, position};
-}
-
 // Rows attend to what they see of a part of the prefix.
 template <typename T>
-static void attend_prefix_part(AttentionTile<T>& tile, int64_t part, const AttentionState& state, Upcoming upcoming) {
+static void attend_prefix_part(AttentionTile<T>& tile, int64_t part, const AttentionState& state, PrefixStream* ahead) {
   const BranchAttentionArgs& args = tile.args;
   const int64_t part_end = (part + 1) * kAttentionPart;
-  int64_t begin = begin_of_part(tile, part);
   const int64_t end = tile.visible.end < part_end ? tile.visible.end : part_end;
-  if (begin >= end) return;
-  Chunk<T> chunks[2];
-  locate(tile, tile.kv_head, begin, end, &chunks[0]);
-  prefetch_chunk(chunks[0], args.head_dim);
-  for (int64_t i = 0; begin < end; i = 1 - i) {
-    const Chunk<T>&chunk = chunks[i], &next = chunks[1 - i];
-    begin = chunk.origin + chunk.span.end;
-    const Upcoming ahead = begin < end ? Upcoming{tile.kv_head, begin} : upcoming;
-    locate(tile, ahead.kv_head, ahead.position, tile.visible.end, &chunks[1 - i]);
-    transpose_keys(chunk.keys, next.keys, chunk.span, args.head_dim, tile.keys);
-    Values<T> values = {chunk.values, next.values};
+  Chunk<T> chunk;
+  for (int64_t begin = begin_of_part(tile, part); begin < end; begin = chunk.origin + chunk.span.end) {
+    locate(tile, begin, end, &chunk);
+    transpose_keys(chunk.keys, chunk.span, args.head_dim, &ahead->keys, tile.keys);
+    PrefixCursor* values = &ahead->values;
     for (int64_t row = tile.rows.begin; row < tile.rows.end; ++row) {
       const Span visible = visible_within(args, row, chunk.origin, kChunk);
       if (visible.begin >= visible.end) continue;
-      attend(tile, state, (row - tile.rows.begin) * tile.group, tile.group, values, visible);
-      values.next = nullptr;  // asked for
+      attend(tile, state, (row - tile.rows.begin) * tile.group, tile.group, chunk.values, visible, values);
+      values = nullptr;  // asked for
     }
   }
 }
@@ -464,7 +426,7 @@ static void attend_own(AttentionTile<T>& tile) {
     const T* value = static_cast<const T*>(args.own_value) + row * args.own_value_row_stride +
                      tile.kv_head * args.own_value_head_stride;
     copy_head(static_cast<const T*>(args.own_key) + key, args.head_dim, tile.keys);
-    attend(tile, tile.total, (row - tile.rows.begin) * tile.group, tile.group, {&value, nullptr}, {0, 1});
+    attend(tile, tile.total, (row - tile.rows.begin) * tile.group, tile.group, &value, {0, 1}, nullptr);
   }
   tile.own = false;
 }
@@ -503,7 +465,8 @@ static void choose_rows(AttentionTile<T>& tile, int64_t begin, int64_t end) {
 }
 
 template <typename T>
-static void attend_rows(const BranchAttentionArgs& args, RowRange rows, RowRange kv_heads, void* workspace) {
+static void attend_rows(const BranchAttentionArgs& args, RowRange rows, RowRange kv_heads, PrefixStream* ahead,
+                        void* workspace) {
   AttentionTile<T> tile = make_tile<T>(args, workspace);
   for (int64_t begin = rows.begin; begin < rows.end; begin = tile.rows.end) {
     choose_rows(tile, begin, rows.end);
@@ -512,10 +475,7 @@ static void attend_rows(const BranchAttentionArgs& args, RowRange rows, RowRange
       clear(tile, tile.total);
       for (int64_t part = tile.visible.begin / kAttentionPart; part * kAttentionPart < tile.visible.end; ++part) {
         clear(tile, tile.part);
-        const int64_t next_part = (part + 1) * kAttentionPart;
-        const Upcoming upcoming =
-            next_part < tile.visible.end ? Upcoming{tile.kv_head, next_part} : next_head(tile, tile.visible.begin);
-        attend_prefix_part(tile, part, tile.part, upcoming);
+        attend_prefix_part(tile, part, tile.part, ahead);
         merge_part(tile, part, tile.part);
       }
       attend_own(tile);
@@ -524,9 +484,10 @@ static void attend_rows(const BranchAttentionArgs& args, RowRange rows, RowRange
   }
 }
 
-static void branch_attention(const BranchAttentionArgs& args, RowRange rows, RowRange kv_heads, void* workspace) {
-  args.dtype == DType::kFloat32 ? attend_rows<float>(args, rows, kv_heads, workspace)
-                                : attend_rows<BFloat16>(args, rows, kv_heads, workspace);
+static void branch_attention(const BranchAttentionArgs& args, RowRange rows, RowRange kv_heads, PrefixStream* ahead,
+                             void* workspace) {
+  args.dtype == DType::kFloat32 ? attend_rows<float>(args, rows, kv_heads, ahead, workspace)
+                                : attend_rows<BFloat16>(args, rows, kv_heads, ahead, workspace);
 }
 
 template <typename T>
@@ -540,21 +501,17 @@ static AttentionTile<T> tile_of(const BranchAttentionArgs& args, RowRange rows, 
 
 template <typename T>
 static void attend_part_of(const BranchAttentionArgs& args, RowRange rows, int64_t kv_head, int64_t part, float* floats,
-                           void* workspace) {
+                           PrefixStream* ahead, void* workspace) {
   AttentionTile<T> tile = tile_of<T>(args, rows, kv_head, workspace);
   const AttentionState state = state_in(args, floats);
   clear(tile, state);
-  // Threads take the heads of a part, then those of the next one.
-  const int64_t next_part = (part + 1) * kAttentionPart;
-  const bool last = kv_head + 1 == args.num_kv_heads && next_part < tile.visible.end;
-  const Upcoming upcoming = last ? Upcoming{0, next_part} : next_head(tile, begin_of_part(tile, part));
-  attend_prefix_part(tile, part, state, upcoming);
+  attend_prefix_part(tile, part, state, ahead);
 }
 
 static void attend_part(const BranchAttentionArgs& args, RowRange rows, int64_t kv_head, int64_t part, float* state,
-                        void* workspace) {
-  args.dtype == DType::kFloat32 ? attend_part_of<float>(args, rows, kv_head, part, state, workspace)
-                                : attend_part_of<BFloat16>(args, rows, kv_head, part, state, workspace);
+                        PrefixStream* ahead, void* workspace) {
+  args.dtype == DType::kFloat32 ? attend_part_of<float>(args, rows, kv_head, part, state, ahead, workspace)
+                                : attend_part_of<BFloat16>(args, rows, kv_head, part, state, ahead, workspace);
 }
 
 template <typename T>

@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "llm2_fast/thread_pool.h"
 #include "paged_storage.h"
+#include "prefix_stream.h"
 
 namespace llm2_fast {
 namespace {
@@ -99,10 +100,11 @@ struct Decoder::Workspace {
   AlignedBuffer angles;              // float32 [rotary tables, capacity, 2, head_dim / 2]
   AlignedBuffer features;        // float32 [rows, features_stride]: what the score head reads, then its hidden layer
   std::vector<uint8_t> has_own;  // [rows], all true
-  std::vector<AlignedBuffer> scratch;     // per thread
-  std::vector<AlignedBuffer> few_normed;  // per thread, [kFewRows, hidden_size]
-  std::vector<RowRange> tiles;            // rows of one slot and one cache each
-  std::vector<AttentionPart> parts;       // of all tiles, if threads are to share a tile
+  std::vector<AlignedBuffer> scratch;        // per thread
+  std::vector<AlignedBuffer> few_normed;     // per thread, [kFewRows, hidden_size]
+  std::vector<std::vector<PrefixRun>> runs;  // per thread, what its attention reads in a layer
+  std::vector<RowRange> tiles;               // rows of one slot and one cache each
+  std::vector<AttentionPart> parts;          // of all tiles, if threads are to share a tile
   std::vector<float> part_states;
   std::unique_ptr<std::atomic<int64_t>[]> finished_parts;  // [tiles, num_kv_heads]
   std::vector<int32_t> slots, positions;                   // of the last pass
@@ -156,6 +158,7 @@ void Decoder::Workspace::reserve_threads(const DecoderWeights& weights, int num_
   while (static_cast<int>(scratch.size()) < num_threads) {
     scratch.emplace_back(scratch_bytes);
     few_normed.emplace_back(normed_bytes);
+    runs.emplace_back();
   }
 }
 
@@ -203,6 +206,7 @@ class Decoder::Pass {
 
  private:
   class Normed;
+  class PrefixReader;
 
   void divide_tiles();
   void embed(int64_t row) const;
@@ -220,7 +224,7 @@ class Decoder::Pass {
   void add_projected(const std::vector<float>& norm, int64_t row) const;
   void rope_and_store(int64_t index, RowRange rows, RowRange kv_heads, Worker& worker) const;
   void attend(int64_t index, const AdaptedLinear* next, Worker& worker) const;
-  void attend_in_parts(int64_t index, const AdaptedLinear* next, Worker& worker) const;
+  void attend_in_parts(PrefixReader& reader, const AdaptedLinear* next, Worker& worker) const;
   bool has_adapted() const { return rows_.first_adapted < rows_.count; }
   bool head_reads(int64_t layer) const;
   void capture(int64_t layer, int64_t row) const;
@@ -512,47 +516,106 @@ BranchAttentionArgs Decoder::Pass::attention_args(int64_t index, int64_t row) co
   return args;
 }
 
+// What a worker's attention reads in a layer. Most likely that is its own share of the items, in order.
+class Decoder::Pass::PrefixReader {
+ public:
+  PrefixReader(const Pass& pass, int64_t layer, bool in_parts, const Worker& worker)
+      : pass_(pass),
+        in_parts_(in_parts),
+        num_items_(static_cast<int64_t>(in_parts ? pass.work_.parts.size() : pass.work_.tiles.size()) *
+                   pass.spec_.num_kv_heads),
+        share_(worker.share(num_items_)),
+        runs_(pass.work_.runs[static_cast<size_t>(worker.index())]),
+        args_{pass.attention_args(layer, 0), pass.attention_args(layer, pass.rows_.count - 1)} {
+    go_to(share_);
+  }
+
+  int64_t num_items() const { return num_items_; }
+  const BranchAttentionArgs& args(int64_t row) const { return args_[row >= pass_.rows_.first_adapted]; }
+
+  // The stream at the beginning of a range of items.
+  PrefixStream* at(RowRange items) {
+    const bool mine = items.begin >= share_.begin && items.begin < share_.end;
+    if (items.begin != next_) go_to({items.begin, mine ? share_.end : items.end});
+    next_ = items.end;
+    return &stream_;
+  }
+
+ private:
+  void go_to(RowRange items) {
+    runs_.clear();
+    for (int64_t item = items.begin; item < items.end; ++item) runs_.push_back(run(item));
+    start(&stream_, runs_.data(), runs_.data() + runs_.size());
+    next_ = items.begin;
+  }
+
+  PrefixRun run(int64_t item) const {
+    const int64_t heads = pass_.spec_.num_kv_heads, index = item / heads;
+    const AttentionPart part =
+        in_parts_ ? pass_.work_.parts[static_cast<size_t>(index)] : AttentionPart{index, 0, 1, 0};
+    const RowRange rows = pass_.work_.tiles[static_cast<size_t>(part.tile)];
+    PrefixRun run = {&args(rows.begin), rows.begin, item % heads, first_visible(args(rows.begin), rows.begin),
+                     pass_.rows_.positions[rows.end - 1]};
+    if (in_parts_) {
+      run.begin = std::max(run.begin, part.part * kAttentionPart);
+      run.end = std::min(run.end, (part.part + 1) * kAttentionPart);
+    }
+    return run;
+  }
+
+  const Pass& pass_;
+  bool in_parts_;
+  int64_t num_items_;
+  RowRange share_;
+  std::vector<PrefixRun>& runs_;
+  BranchAttentionArgs args_[2];  // of the LLM's cache and of the adapted one
+  PrefixStream stream_;
+  int64_t next_ = 0;
+};
+
 // Rotary positions, cache writes and attention.
 void Decoder::Pass::attend(int64_t index, const AdaptedLinear* next, Worker& worker) const {
   // With a window of one position rows see nothing that touches.
   const bool in_parts = !work_.parts.empty() && weights_.layers[static_cast<size_t>(index)].sliding_window != 1;
   const bool at_once = one_tile_per_slot_ && !in_parts;
+  PrefixReader reader(*this, index, in_parts, worker);
   if (!at_once) {
     worker.each(rows_.count, [&](RowRange rows) { rope_and_store(index, rows, {0, spec_.num_kv_heads}, worker); });
   }
-  if (in_parts) return attend_in_parts(index, next, worker);
+  if (in_parts) return attend_in_parts(reader, next, worker);
   void* scratch = work_.scratch[static_cast<size_t>(worker.index())].data();
   const auto work = [&](RowRange items) {
+    PrefixStream* ahead = reader.at(items);
     for (int64_t item = items.begin; item < items.end; ++item) {
       const int64_t kv_head = item % spec_.num_kv_heads;
       const RowRange tile = work_.tiles[static_cast<size_t>(item / spec_.num_kv_heads)];
       if (at_once) rope_and_store(index, tile, {kv_head, kv_head + 1}, worker);
-      table_.branch_attention(attention_args(index, tile.begin), tile, {kv_head, kv_head + 1}, scratch);
+      table_.branch_attention(reader.args(tile.begin), tile, {kv_head, kv_head + 1}, ahead, scratch);
     }
   };
-  worker.each(static_cast<int64_t>(work_.tiles.size()) * spec_.num_kv_heads, work,
-              Prefetch(next, has_adapted(), worker));
+  worker.each(reader.num_items(), work, Prefetch(next, has_adapted(), worker));
 }
 
 // Whoever finishes the last part of a tile's head merges them, always in the same order.
-void Decoder::Pass::attend_in_parts(int64_t index, const AdaptedLinear* next, Worker& worker) const {
+void Decoder::Pass::attend_in_parts(PrefixReader& reader, const AdaptedLinear* next, Worker& worker) const {
   void* scratch = work_.scratch[static_cast<size_t>(worker.index())].data();
-  const int64_t heads = spec_.num_kv_heads, state_size = table_.attention_state_size(attention_args(index, 0));
+  const int64_t heads = spec_.num_kv_heads, state_size = table_.attention_state_size(reader.args(0));
   const auto work = [&](RowRange items) {
+    PrefixStream* ahead = reader.at(items);
     for (int64_t item = items.begin; item < items.end; ++item) {
       const AttentionPart& part = work_.parts[static_cast<size_t>(item / heads)];
       const int64_t kv_head = item % heads;
       const RowRange tile = work_.tiles[static_cast<size_t>(part.tile)];
-      const BranchAttentionArgs args = attention_args(index, tile.begin);
+      const BranchAttentionArgs& args = reader.args(tile.begin);
       float* states = work_.part_states.data() + (part.first_state * heads + kv_head * part.num_parts) * state_size;
-      table_.attend_part(args, tile, kv_head, part.part, states + part.part * state_size, scratch);
+      table_.attend_part(args, tile, kv_head, part.part, states + part.part * state_size, ahead, scratch);
       const int64_t finished = 1 + work_.finished_parts[static_cast<size_t>(part.tile * heads + kv_head)].fetch_add(1);
       if (finished % part.num_parts == 0) {  // the counters go on from layer to layer
         table_.merge_parts(args, tile, kv_head, part.num_parts, states, scratch);
       }
     }
   };
-  worker.each(static_cast<int64_t>(work_.parts.size()) * heads, work, Prefetch(next, has_adapted(), worker));
+  worker.each(reader.num_items(), work, Prefetch(next, has_adapted(), worker));
 }
 
 bool Decoder::Pass::head_reads(int64_t layer) const {

@@ -108,17 +108,20 @@ struct RopeArgs {
   float* scratch;   // [head_dim], of the calling thread
 };
 
+struct PrefixStream;  // see prefix_stream.h
+
 // Kernels take working memory from the caller: `workspace` is aligned for any type, holds at least the bytes that the
 // functions below ask for, and belongs to one call at a time. It need not be initialized.
 struct KernelTable {
   void (*select_candidates)(const SelectCandidatesArgs& args, RowRange rows);
   void (*adjust_and_pick)(const AdjustAndPickArgs& args, RowRange rows, void* workspace);
-  void (*branch_attention)(const BranchAttentionArgs& args, RowRange rows, RowRange kv_heads, void* workspace);
+  void (*branch_attention)(const BranchAttentionArgs& args, RowRange rows, RowRange kv_heads, PrefixStream* ahead,
+                           void* workspace);
   // The same for one tile of rows and one head in parts: first any part of the prefix, each into a state of its own of
   // `attention_state_size` floats, then all of them together, in order. `rows` are at most kAttentionTileRows of one
   // sequence whose visible positions touch.
   void (*attend_part)(const BranchAttentionArgs& args, RowRange rows, int64_t kv_head, int64_t part, float* state,
-                      void* workspace);
+                      PrefixStream* ahead, void* workspace);
   void (*merge_parts)(const BranchAttentionArgs& args, RowRange rows, int64_t kv_head, int64_t num_parts, float* states,
                       void* workspace);
   int64_t (*attention_state_size)(const BranchAttentionArgs& args);

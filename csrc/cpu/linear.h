@@ -117,58 +117,94 @@ static void add_update(const LinearArgs& args, int64_t panel, const RowTile& til
   }
 }
 
-// output[i] = gate[i] * sigmoid(argument[i]) * up[i], sigmoid(x) = 1 / (1 + exp(-x)).
-template <typename T>
-static void sigmoid_mul(const float* gate, const float* argument, const float* up, int64_t size, T* output) {
-  float product[kLanes];
+// gate * sigmoid(argument) * up, sigmoid(x) = 1 / (1 + exp(-x)).
+static inline Vec sigmoid_mul(Vec gate, Vec argument, Vec up) {
   // exp(-|x|) cannot overflow: sigmoid(x) = (x < 0 ? e : 1) / (1 + e).
-  for (int i = 0; i < kLanes; ++i) product[i] = -fabsf(argument[i]);
-  store(product, exp_nonpositive(load(product)));
-  for (int i = 0; i < kLanes; ++i) {
-    product[i] = gate[i] * (argument[i] < 0.0f ? product[i] : 1.0f) / (1.0f + product[i]);
-  }
-  for (int64_t i = 0; i < size; ++i) from_float(product[i] * up[i], output + i);
+  const Vec zero = set1(0.0f), one = set1(1.0f);
+  const Vec e = exp_nonpositive(sub(zero, max(argument, sub(zero, argument))));
+  return mul(div(mul(gate, where_negative(argument, e, one)), add(one, e)), up);
 }
 
-// output[i] = gelu_tanh(gate[i]) * up[i]. With t = sqrt(2 / pi) * (x + 0.044715 x^3), gelu_tanh(x) is defined as
-// x * (1 + tanh(t)) / 2, which is x * sigmoid(2 t): nothing cancels where tanh(t) is close to -1.
-template <typename T>
-static void gelu_tanh_mul(const float* gate, const float* up, int64_t size, T* output) {
-  float argument[kLanes];
-  for (int i = 0; i < kLanes; ++i) argument[i] = gate[i] * (1.59576912f + 0.0713548163f * gate[i] * gate[i]);
-  sigmoid_mul(gate, argument, up, size, output);
+// gelu_tanh(gate) * up. With t = sqrt(2 / pi) * (x + 0.044715 x^3), gelu_tanh(x) is defined as x * (1 + tanh(t)) / 2,
+// which is x * sigmoid(2 t): nothing cancels where tanh(t) is close to -1.
+static inline Vec gelu_tanh_mul(Vec gate, Vec up) {
+  const Vec factor = fma(mul(set1(0.0713548163f), gate), gate, set1(1.59576912f));
+  return sigmoid_mul(gate, mul(gate, factor), up);
 }
 
-// Writes the features of a panel for one row, whose sums are given.
+// output[i] = v[i] for i < size.
 template <typename T>
-static void finish_row(const LinearArgs& args, int64_t panel, int64_t row, float* sums) {
-  if (args.bias != nullptr) {
-    for (int i = 0; i < kPanelWidth; ++i) sums[i] += args.bias[panel * kPanelWidth + i];
+static inline void store_first(Vec v, int64_t size, T* output) {
+  if (size >= kLanes) {
+    store(output, v);
+  } else {
+    float lanes[kLanes];
+    store(lanes, v);
+    for (int64_t i = 0; i < size; ++i) from_float(lanes[i], output + i);
   }
+}
+
+// The first features of a row's panel, `size` of them.
+template <typename T>
+static inline void store_panel(const float* sums, int64_t size, T* output) {
+  for (int64_t i = 0; i < kPanelWidth; i += kLanes) store_first(load(sums + i), size - i, output + i);
+}
+
+static inline void add_panel(const float* sums, int64_t size, float* output) {
+  if (size == kPanelWidth) {
+    for (int64_t i = 0; i < kPanelWidth; i += kLanes) store(output + i, add(load(output + i), load(sums + i)));
+  } else {
+    for (int64_t i = 0; i < size; ++i) output[i] += sums[i];
+  }
+}
+
+static inline void add_bias(const float* bias, int64_t rows, float* sums) {
+  for (int64_t row = 0; row < rows; ++row, sums += kPanelWidth) {
+    for (int64_t i = 0; i < kPanelWidth; i += kLanes) store(sums + i, add(load(sums + i), load(bias + i)));
+  }
+}
+
+// Writes the features of a panel for some rows, whose sums are given.
+template <typename T>
+static void finish_rows(const LinearArgs& args, int64_t panel, RowRange rows, float* sums) {
   const int64_t features = is_gated(args.epilogue) ? kLanes : kPanelWidth;
   const int64_t first = panel * features, rest = args.out_features - first;
   const int64_t size = rest < features ? rest : features;
-  const int64_t offset = row * args.output_stride + first;
-  T* stored = static_cast<T*>(args.output) + offset;
-  float* floats = static_cast<float*>(args.output) + offset;
+  if (args.bias != nullptr) add_bias(args.bias + panel * kPanelWidth, rows.end - rows.begin, sums);
+  // A loop per epilogue: what does not change from row to row stays in registers.
+  const auto each_row = [&](const auto& finish) {
+    float* of_row = sums;
+    for (int64_t row = rows.begin; row < rows.end; ++row, of_row += kPanelWidth) {
+      finish(row, of_row, row * args.output_stride + first);
+    }
+  };
+  T* stored = static_cast<T*>(args.output);
+  float* floats = static_cast<float*>(args.output);
   switch (args.epilogue) {
     case Epilogue::kStore:
-      for (int64_t i = 0; i < size; ++i) from_float(sums[i], stored + i);
+      each_row([&](int64_t, float* of_row, int64_t at) { store_panel(of_row, size, stored + at); });
       break;
     case Epilogue::kStoreFloat:
-      for (int64_t i = 0; i < size; ++i) floats[i] = sums[i];
+      each_row([&](int64_t, float* of_row, int64_t at) { store_panel(of_row, size, floats + at); });
       break;
     case Epilogue::kAdd:
-      for (int64_t i = 0; i < size; ++i) floats[i] += sums[i];
+      each_row([&](int64_t, float* of_row, int64_t at) { add_panel(of_row, size, floats + at); });
       break;
-    case Epilogue::kSiluMul:
-      sigmoid_mul(sums, sums, sums + kLanes, size, stored);  // silu(x) = x * sigmoid(x)
+    case Epilogue::kSiluMul:  // silu(x) = x * sigmoid(x)
+      each_row([&](int64_t, float* of_row, int64_t at) {
+        const Vec gate = load(of_row), up = load(of_row + kLanes);
+        store_first(sigmoid_mul(gate, gate, up), size, stored + at);
+      });
       break;
     case Epilogue::kGeluTanhMul:
-      gelu_tanh_mul(sums, sums + kLanes, size, stored);
+      each_row([&](int64_t, float* of_row, int64_t at) {
+        store_first(gelu_tanh_mul(load(of_row), load(of_row + kLanes)), size, stored + at);
+      });
       break;
     case Epilogue::kSelect:
-      fold_logits(*args.select, panel, row, first, sums, size, &args.rankings[row]);
+      each_row([&](int64_t row, float* of_row, int64_t) {
+        fold_logits(*args.select, panel, row, first, of_row, size, &args.rankings[row]);
+      });
       break;
   }
 }
@@ -182,9 +218,8 @@ static void linear_of(const LinearArgs& args, RowRange panels) {
       const RowTile tile = row_tile(args.rows, index);
       multiply<T>(args.weights, panel, tile, sums);
       add_update<T>(args, panel, tile, sums);
-      for (float* of_row = sums; row < tile.rows.end; ++row, of_row += kPanelWidth) {
-        finish_row<T>(args, panel, row, of_row);
-      }
+      finish_rows<T>(args, panel, tile.rows, sums);
+      row = tile.rows.end;
     }
   }
 }

@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "llm2_fast/thread_pool.h"
+#include "prefix_stream.h"
 
 namespace llm2_fast {
 const KernelTable& kernels(Isa isa) {
@@ -76,8 +77,12 @@ void branch_attention(const BranchAttentionArgs& args, RowRange rows, Isa isa, i
   each_part({0, tasks}, num_threads, [&](RowRange part, int thread) {
     for (int64_t task = part.begin; task < part.end; ++task) {
       const int64_t kv_head = task % args.num_kv_heads;
-      table.branch_attention(args, tiles[static_cast<size_t>(task / args.num_kv_heads)], {kv_head, kv_head + 1},
-                             workspaces.of_thread(thread));
+      const RowRange tile = tiles[static_cast<size_t>(task / args.num_kv_heads)];
+      const PrefixRun run = {&args, tile.begin, kv_head, first_visible(args, tile.begin),
+                             args.row_prefix_length[tile.begin]};
+      PrefixStream ahead;
+      start(&ahead, &run, &run + 1);
+      table.branch_attention(args, tile, {kv_head, kv_head + 1}, &ahead, workspaces.of_thread(thread));
     }
   });
 }

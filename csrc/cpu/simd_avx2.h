@@ -30,6 +30,14 @@ static inline Vec mul(Vec a, Vec b) {
 static inline Vec fma(Vec a, Vec b, Vec c) {
   return _mm256_fmadd_ps(a, b, c);
 }
+static inline Vec div(Vec a, Vec b) {
+  return _mm256_div_ps(a, b);
+}
+
+// Lanes of `negative` where x has a minus sign, else of `other`.
+static inline Vec where_negative(Vec x, Vec negative, Vec other) {
+  return _mm256_blendv_ps(other, negative, x);
+}
 
 // a where a > b, else b: a NaN in b is kept, a NaN in a is dropped.
 static inline Vec max(Vec a, Vec b) {
@@ -68,6 +76,17 @@ static inline Vec load_partial(const T* p, int n, float fill) {
 
 static inline void store(float* p, Vec v) {
   _mm256_storeu_ps(p, v);
+}
+// The same bits as from_float's.
+static inline void store(BFloat16* p, Vec v) {
+  const __m256i bits = _mm256_castps_si256(v),
+                lowest = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), lowest);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i result = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+  const __m128i low = _mm256_castsi256_si128(result), high = _mm256_extracti128_si256(result, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
 }
 
 // Sum of the lanes, in an order that is fixed: halves first.

@@ -30,6 +30,14 @@ static inline Vec mul(Vec a, Vec b) {
 static inline Vec fma(Vec a, Vec b, Vec c) {
   return _mm512_fmadd_ps(a, b, c);
 }
+static inline Vec div(Vec a, Vec b) {
+  return _mm512_div_ps(a, b);
+}
+
+// Lanes of `negative` where x has a minus sign, else of `other`.
+static inline Vec where_negative(Vec x, Vec negative, Vec other) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), other, negative);
+}
 
 // a where a > b, else b: a NaN in b is kept, a NaN in a is dropped.
 static inline Vec max(Vec a, Vec b) {
@@ -72,6 +80,15 @@ static inline Vec load_partial(const BFloat16* p, int n, float fill) {
 
 static inline void store(float* p, Vec v) {
   _mm512_storeu_ps(p, v);
+}
+// The same bits as from_float's.
+static inline void store(BFloat16* p, Vec v) {
+  const __m512i bits = _mm512_castps_si512(v),
+                lowest = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), lowest);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i result = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x00400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
 }
 
 // Sum of the lanes, in an order that is fixed: halves first.

@@ -37,6 +37,17 @@ static inline Vec fma(Vec a, Vec b, Vec c) {
   return a * b + c;
 #endif
 }
+static inline Vec div(Vec a, Vec b) {
+  return a / b;
+}
+
+// Lanes of `negative` where x has a minus sign, else of `other`.
+static inline Vec where_negative(Vec x, Vec negative, Vec other) {
+  using Integers = int32_t __attribute__((vector_size(16)));
+  Integers bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits < 0 ? negative : other;
+}
 
 // a where a > b, else b: a NaN in b is kept, a NaN in a is dropped.
 static inline Vec max(Vec a, Vec b) {
@@ -91,6 +102,9 @@ static inline Vec load_partial(const T* p, int n, float fill) {
 
 static inline void store(float* p, Vec v) {
   std::memcpy(p, &v, sizeof(v));
+}
+static inline void store(BFloat16* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
 }
 
 // Sum of the lanes, in an order that is fixed: halves first.
