@@ -9,7 +9,10 @@ import tiny
 import verifiers
 from llm2_fast.errors import MissingDependencyError
 from llm2_fast.models.fingerprint import fingerprint
+from llm2_fast.models.loading import load_model
 from llm2_fast.models.smollm2 import default_verifier, model_file
+from llm2_fast.ops import cpu_extension, cpu_extension_problem
+from llm2_fast.sequence import Sequence
 
 CHAT = [{"role": "user", "content": "What is 12 + 7?"}]
 PROMPTS = [CHAT, "The three primary colours are", [{"role": "user", "content": "Name a fruit."}]]
@@ -73,3 +76,56 @@ def test_shipped_verifier_is_for_this_model_and_says_how_it_was_made(engine):
     card = (default_verifier() / "README.md").read_text()
     assert "pairwise accuracy" in card.lower()
     assert sum(path.stat().st_size for path in default_verifier().iterdir()) < 500_000
+
+
+QUESTIONS = [
+    "Ann buys 3 boxes with 20 pens each and gives 7 of them away. How many pens are left?",
+    "A train travels 60 miles in the first hour and 45 in the second. How far does it travel in both?",
+    "Ben has 12 marbles. Cleo has twice as many. How many marbles do they have together?",
+    "A baker sells 15 loaves for 4 dollars each. How much money does he take?",
+]
+TAUGHT_TOKENS = 32
+
+
+def taught_choices(engine, prompts, continuations):
+    """The most probable token in place of each of the continuations' tokens, given those before it."""
+    backend = engine._backend
+    sequences = [Sequence(i, 0, llm2_fast.GenerationConfig(), prompt) for i, prompt in enumerate(prompts)]
+    backend.prefill(sequences)
+    chosen = [[] for _ in prompts]
+    for tokens in zip(*continuations, strict=True):
+        for sequence, output, choices, token in zip(sequences, backend.step(sequences), chosen, tokens, strict=True):
+            choices.append(output.token_id)
+            sequence.token_ids.append(token)
+    for sequence in sequences:
+        backend.free(sequence)
+    return torch.tensor(chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cpu_extension() is None, reason=str(cpu_extension_problem()))
+def test_reduced_precision_chooses_what_float32_chooses(engine):
+    """The whole comparison, with more prompts and llama.cpp, is `bench/peers/agreement.py`."""
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    plain = llm2_fast.load(engine.model.model, tokenizer=engine.tokenizer, backend="cpu")
+    results = plain.generate(chats, max_new_tokens=TAUGHT_TOKENS, ignore_eos=True)
+    prompts = [result.prompt_token_ids for result in results]
+    taught = torch.tensor([result.samples[0].token_ids for result in results])
+
+    rounded = load_model(model_file(), dtype="bfloat16").model
+
+    def misses(**options):
+        reduced = llm2_fast.load(rounded, tokenizer=engine.tokenizer, backend="cpu", **options)
+        return int((taught_choices(reduced, prompts, taught.tolist()) != taught).sum())
+
+    theirs = 0
+    for prompt, continuation in zip(prompts, taught, strict=True):
+        ids = torch.tensor([prompt + continuation.tolist()])
+        with torch.no_grad():
+            chosen = rounded(ids).logits[0, len(prompt) - 1 : -1].argmax(-1)
+        theirs += int((chosen != continuation).sum())
+    assert torch.equal(taught_choices(plain, prompts, taught.tolist()), taught)
+    # One token more, since processors without bfloat16 arithmetic round elsewhere.
+    assert misses() <= theirs + 1
+    assert misses(quantization="int8-group32") <= 0.03 * taught.numel()
+    assert misses(quantization="int8") <= 0.06 * taught.numel()
