@@ -17,13 +17,6 @@ _NUMBER = re.compile(r"(\d+)")
 _SHARD_SIZE = 1000
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that readers, and whoever comes after a crash, find as it was or as it is to be."""
-    staging = path.with_suffix(".tmp")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)
-
-
 class Record(Protocol):
     """What a store keeps, a line each."""
 

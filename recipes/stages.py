@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2_fast.errors import ArgumentError
-from llm2_fast.store import replace_text
+from llm2_fast.files import replace_text
 
 _MANIFEST = "recipe.json"
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first. A module or subpackage of llm2_fast may import from lower layers and, unless that closes a cycle or the
 # pair is listed in SEPARATE, from its own. `__init__` is the package's own file: the public names.
 LAYERS = (
-    ("errors", "version"),
+    ("errors", "files", "version"),
     ("config", "results", "rng", "sequence"),
     ("answers", "datacheck", "detokenizer", "problems", "prompts", "request", "store", "supervision"),
     ("reference",),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm2_fast.store import replace_text
+from llm2_fast.files import replace_text
 
 _FILE = "report.json"
 
