@@ -128,7 +128,7 @@ def _sampled_rows(stages: Stages, kinds: list[str]) -> Iterator[tuple[str, ...]]
 
 
 def _verdicts(stages: Stages, kinds: list[str]) -> Iterator[str]:
-    """Of every evaluation on the test split: samples with errors, signs of a verifier that fails, or that none do."""
+    """Of every evaluation on the test split: samples with errors, and whether the verifier shows signs of failing."""
     names = [f"{decoding}, {kind}" for decoding in ("greedy", "sampled") for kind in kinds]
     for name in [*names, "greedy, full on control"]:
         if name in stages.seconds:
