@@ -33,6 +33,12 @@ _UNITS = re.compile(
 )
 _LATEX_FRACTION = re.compile(r"(?<![\w)}])\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 _OPERATION = re.compile(r"\\(?:[dt]?frac|[dt]?binom|sqrt|pi|cdot|times|div|pm|infty|log|ln|sin|cos|tan)(?![a-zA-Z])")
+# Numbers and operations: no variables, and no comma that could begin another answer. \text{} may hold a unit.
+_ARITHMETIC = re.compile(
+    rf"(?:[\d\s.+\-*/^!|()\[\]{{}}_=$%\u00d7\u00f7\u00b7\u2212]|,(?=\d{{3}}(?!\d))|{_OPERATION.pattern}"
+    r"|\\(?:left|right|circ)(?![a-zA-Z])|\\(?:text|mathrm)\s*\{[^{}]*\}|\\[()\[\]$%,;:! ])*"
+)
+_CLOSING = re.compile(r"(?:(?<!\\)\$+|\\[)\]])$")  # of a formula
 _TIMEOUT_SECONDS = 5
 
 
@@ -98,7 +104,8 @@ def answers_equal(answer: str, gold: str, kind: AnswerKind) -> bool:
     Args:
         answer: What a solution states.
         gold: The reference. The order matters to `math-verify`.
-        kind: "number" compares exact values; "math" asks `math-verify` whether two expressions are equivalent.
+        kind: "number" compares exact values; "math" asks `math-verify` whether two expressions are equivalent. Of an
+            equation of arithmetic ("3 + 4 = 7"), the right side is the reference in both.
 
     Raises:
         MissingDependencyError: `kind` is "math" and `math-verify` is not installed.
@@ -125,8 +132,8 @@ class GoldAnswer:
     def parse(cls, reference: str) -> GoldAnswer:
         r"""The gold answer of a problem's `answer` field: what follows `####`, or `\boxed{}`, or the whole field.
 
-        Kind "number" if it is a number with nothing but a currency, a percent sign or units around it, and not boxed;
-        else "math".
+        Kind "number" if it is a number with nothing but a currency, a percent sign or units around it, or arithmetic
+        with such a number behind its last equals sign, and not boxed; else "math".
 
         Raises:
             ArgumentError: There is no answer in it.
@@ -138,7 +145,7 @@ class GoldAnswer:
             raise ArgumentError(
                 "answer", r"a final answer after ####, in \boxed{} or as the whole field", repr(reference)
             )
-        return cls(text, "number" if span is not boxed and _is_number(text) else "math")
+        return cls(text, "number" if span is not boxed and _is_number(_result(text)) else "math")
 
     @property
     def is_readable(self) -> bool:
@@ -150,7 +157,7 @@ class GoldAnswer:
         if self.kind == "number":
             return parse_number(self.text) is not None
         _import_math_verify()
-        return any(not isinstance(parsed, str) for parsed in _parse(self.text))
+        return any(not isinstance(parsed, str) for parsed in _parse(_result(self.text)))
 
     def is_right(self, solution: str, *, complete: bool = True) -> bool:
         """Whether the final answer of `solution` is this one; see `extract_answer` and `answers_equal`."""
@@ -173,6 +180,22 @@ def _is_number(text: str) -> bool:
     return all(_UNITS.fullmatch(text, *part) for part in ((0, match.start()), (end, len(text))))
 
 
+def _result(gold: str) -> str:
+    """The right side, if the gold answer is an equation of arithmetic: "7" of "3 + 4 = 7".
+
+    Others stay whole: `math-verify` knows that "x = 5" says 5, but takes nothing but an equation for "3 + 4 = 7".
+    """
+    left, _, right = gold.strip().rpartition("=")
+    right = _CLOSING.sub("", right).strip()
+    if not _is_arithmetic(left) or left.endswith("!"):  # != is no equals sign
+        return gold
+    return right if _is_number(right) or _is_arithmetic(right) else gold
+
+
+def _is_arithmetic(text: str) -> bool:
+    return re.search(r"\d", text) is not None and _ARITHMETIC.fullmatch(text) is not None
+
+
 def _last_group(pattern: re.Pattern[str], text: str) -> Span | None:
     """Group 1 of the last match."""
     matches = list(pattern.finditer(text))
@@ -192,7 +215,7 @@ def _last_boxed(text: str) -> Span | None:
 
 def _equivalent(answer: str, gold: str) -> bool:
     math_verify = _import_math_verify()
-    return math_verify.verify(_parse(gold), _parse(answer), timeout_seconds=_time_limit())
+    return math_verify.verify(_parse(_result(gold)), _parse(answer), timeout_seconds=_time_limit())
 
 
 @functools.lru_cache(maxsize=4096)

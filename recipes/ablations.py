@@ -112,7 +112,10 @@ class Ablations:
         """Train a verifier on supervision and try it."""
         name = f"{KIND}-{supervision}"
         trained = self.stages.run(f"train, {supervision}", lambda: self.experiment.train(KIND, name, supervision))
-        self.stages.run(f"greedy, {supervision}", lambda: self.experiment.greedy(self.base.system1, name, self.beta))
+        plain = self.base.directory / f"greedy-{KIND}"
+        self.stages.run(
+            f"greedy, {supervision}", lambda: self.experiment.greedy(self.base.system1, name, self.beta, plain)
+        )
         yield from _rows(label, rollouts, trained, evaluation(self.stages, f"greedy, {supervision}"))
 
     def operations(self, count: int) -> tuple[Any, ...]:
@@ -159,8 +162,8 @@ class Ablations:
 
     def grid(self) -> dict[str, Any]:
         """Every alpha with every beta on the validation split."""
-        sweep = {"alpha": ALPHAS, "beta": BETAS}
-        return self.base.evaluate(self.base.system1, KIND, "validation", "ablations/grid", sweep=sweep)
+        options = {"sweep": {"alpha": ALPHAS, "beta": BETAS}, "plain": self.base.directory / f"validation-{KIND}"}
+        return self.base.evaluate(self.base.system1, KIND, "validation", "ablations/grid", **options)
 
 
 def _cost(report: dict[str, Any]) -> Iterator[str]:

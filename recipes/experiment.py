@@ -71,11 +71,13 @@ class Experiment:
             run(f"betas, {kind}", lambda kind=kind: self.compare_betas(kind))
         betas = {kind: self.chosen_beta(kind) for kind in kinds}
         for kind, beta in betas.items():
-            run(f"greedy, {kind}", lambda kind=kind, beta=beta: self.greedy(self.system1, kind, beta))
+            arguments = (self.system1, kind, beta, self.plain_of_first("greedy", kind))
+            run(f"greedy, {kind}", lambda arguments=arguments: self.greedy(*arguments))
         if self.settings.control is not None:
             run("greedy, control", lambda: self.greedy(self.directory / CONTROL, None))
         if self.settings.control is not None and "full" in kinds:
-            run("greedy, full on control", lambda: self.greedy(self.directory / CONTROL, "full", betas["full"]))
+            plain = self.directory / f"greedy-{CONTROL}"
+            run("greedy, full on control", lambda: self.greedy(self.directory / CONTROL, "full", betas["full"], plain))
         for kind, beta in betas.items():
             run(f"sampled, {kind}", lambda kind=kind, beta=beta: self.sample(kind, beta))
 
@@ -118,23 +120,31 @@ class Experiment:
 
     def compare_betas(self, verifier: str) -> dict[str, Any]:
         """Greedy decoding of the validation split."""
-        options = {"sweep": {"beta": BETAS}, "beta": PAPER_BETA}
+        options = {"sweep": {"beta": BETAS}, "beta": PAPER_BETA, "plain": self.plain_of_first("validation", verifier)}
         return self.evaluate(self.system1, verifier, "validation", f"validation-{verifier}", **options)
 
     def chosen_beta(self, verifier: str) -> float:
         """The best on the validation split, where betas have been compared."""
         return choose_beta(EvaluationReport.from_json(self.stages.result(f"betas, {verifier}")))
 
-    def greedy(self, model: str | Path, verifier: str | None, beta: float = PAPER_BETA) -> dict[str, Any]:
-        """Greedy decoding of the test split, plainly, with a beta and with the paper's."""
+    def greedy(
+        self, model: str | Path, verifier: str | None, beta: float = PAPER_BETA, plain: Path | None = None
+    ) -> dict[str, Any]:
+        """Greedy decoding of the test split, plainly, with a beta and with the paper's; see `evaluate` for `plain`."""
         name = "-".join(["greedy", *([CONTROL] if model != self.system1 else []), *([verifier] if verifier else [])])
         sweep = {"sweep": {"beta": [PAPER_BETA]}, "beta": beta} if verifier else {}
-        return self.evaluate(model, verifier, "test", name, **sweep)
+        return self.evaluate(model, verifier, "test", name, plain=plain, **sweep)
 
     def sample(self, verifier: str, beta: float) -> dict[str, Any]:
         """Several samples of each of the first test problems."""
         options = {"limit": self.settings.sampled, "n": self.settings.samples, "temperature": 1.0, "beta": beta}
+        options["plain"] = self.plain_of_first("sampled", verifier)
         return self.evaluate(self.system1, verifier, "test", f"sampled-{verifier}", **options)
+
+    def plain_of_first(self, decoding: str, verifier: str) -> Path | None:
+        """Where the first kind's evaluation has decoded plainly, for the other kinds."""
+        first = next(iter(self.settings.verifiers))
+        return None if verifier == first else self.directory / f"{decoding}-{first}"
 
     def evaluate(
         self,
@@ -145,7 +155,11 @@ class Experiment:
         limit: int | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """`EvaluationReport.to_json` of a model with a verifier of this experiment, or of its plain decoding."""
+        """`EvaluationReport.to_json` of a model with a verifier of this experiment, or of its plain decoding.
+
+        `options` are those of `llm2_fast.evaluate`: `plain` is the directory of an evaluation with another verifier,
+        whose plain decoding is taken over.
+        """
         engine = llm2_fast.load(
             model, None if verifier is None else self.directory / verifier, max_batch_size=self.settings.max_batch_size
         )

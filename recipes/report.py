@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from llm2_fast.evaluation.arms import PLAIN, TRUNCATED
-from llm2_fast.evaluation.markdown import percent, verdicts
+from llm2_fast.evaluation.markdown import error_notes, percent, verdicts
 from llm2_fast.evaluation.plots import check_matplotlib
 from llm2_fast.evaluation.report import ACCURACY, ArmReport, EvaluationReport
 from recipes.experiment import PAPER_BETA
@@ -128,11 +128,12 @@ def _sampled_rows(stages: Stages, kinds: list[str]) -> Iterator[tuple[str, ...]]
 
 
 def _verdicts(stages: Stages, kinds: list[str]) -> Iterator[str]:
-    """Signs of a verifier that fails, or that there are none, of every evaluation on the test split."""
+    """Of every evaluation on the test split: samples with errors, and whether the verifier shows signs of failing."""
     names = [f"{decoding}, {kind}" for decoding in ("greedy", "sampled") for kind in kinds]
     for name in [*names, "greedy, full on control"]:
         if name in stages.seconds:
-            yield from (f"- {name}: {verdict}" for verdict in verdicts(evaluation(stages, name)))
+            report = evaluation(stages, name)
+            yield from (f"- {name}: {said}" for said in [*error_notes(report), *verdicts(report)])
 
 
 def plot_betas(stages: Stages, kinds: Iterable[str], path: Path) -> None:

@@ -145,6 +145,61 @@ def test_a_text_with_numbers_is_an_expression(gold, right, wrong):
     assert not parsed.is_right(f"So we have $\\boxed{{{wrong}}}$.")
 
 
+EQUATIONS = [  # gold answer, what it says alone, right, wrong
+    ("3 + 4 = 7", "7", ["7", "$7", "7.0", "3 + 4 = 7", "2 + 5 = 7", "x = 7"], ["8", "3", "3 + 4 = 8"]),
+    ("3 + 4 = 7 apples", "7 apples", ["7", "7 apples"], ["4"]),
+    ("1 + 2 + 3 = 3 + 3 = 6", "6", ["6"], ["3"]),
+    ("1,000 + 1 = 1,001", "1,001", ["1001"], ["1000"]),
+    (r"$3 \cdot \$4 = \$12$", r"\$12", ["12", "$12"], ["3"]),
+    ("3 \N{MINUS SIGN} 4 = \N{MINUS SIGN}1", "-1", ["-1"], ["1"]),
+    ("5! = 120", "120", ["120"], ["5"]),
+    (r"\boxed{3 + 4 = 7}", r"\boxed{7}", ["7", "14/2", "3 + 4 = 7", "7 = 3 + 4"], ["8", "3 + 4 = 8"]),
+    (r"\(\frac{1}{2} + \frac{1}{4} = \frac{3}{4}\)", r"\frac{3}{4}", ["3/4", "0.75", r"\frac{3}{4}"], ["1/2"]),
+    (r"$2 \cdot \sqrt{3} = \sqrt{12}$", r"\sqrt{12}", [r"\sqrt{12}", r"2\sqrt{3}"], ["12"]),
+    (r"3 \cdot 4 = 12 \text{ cm}", r"12 \text{ cm}", ["12"], ["3"]),
+    (r"30^\circ + 60^\circ = 90^\circ", r"90^\circ", ["90", r"90^\circ"], ["30"]),
+    ("7 = 3 + 4", "3 + 4", ["7", "3 + 4"], ["8"]),
+]
+
+
+@pytest.mark.parametrize(("gold", "alone", "right", "wrong"), EQUATIONS)
+def test_an_equation_of_arithmetic_says_what_its_right_side_says(gold, alone, right, wrong):
+    parsed = GoldAnswer.parse(gold)
+    assert parsed.kind == GoldAnswer.parse(alone).kind
+    if parsed.kind == "math":
+        pytest.importorskip("math_verify")
+    assert parsed.is_readable
+    for answer in [*right, *wrong]:
+        for judge in (parsed, GoldAnswer.parse(alone)):
+            assert judge.is_right(f"The answer is {answer}.") is (answer in right), (judge, answer)
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        ("x = 5", ["5", "x = 5", "5 = x"], ["6", "y = 5", "2 + 3 = 5"]),
+        ("5 = x", ["x = 5"], ["5", "x"]),
+        ("y = 2x + 1", ["2x+1", "y = 2x + 1", "1 + 2x"], ["2x", "1"]),
+        ("2x + 1 = y", ["y = 2x + 1"], ["2x + 1", "y"]),
+        ("x = 3 + 4 = 7", ["7", "x = 7"], ["3"]),
+        ("x + 1 = 6", ["x + 1 = 6"], ["6"]),
+        ("5 = 2x + 1", ["5 = 2x + 1"], ["5", "2x + 1"]),
+        ("3 + 4 = x", ["x = 7"], ["x", "3"]),
+        ("x^2 + y^2 = 25", ["x^2 + y^2 = 25"], ["25"]),
+        ("f(2) = 7", ["f(2) = 7"], ["7"]),
+        ("2 + 3 = 5, 1 + 1 = 2", [], ["2"]),
+        ("5 != 4", ["5 != 4"], ["4"]),
+        ("3 + 4 <= 7", [], ["7"]),
+    ],
+)
+def test_other_equations_are_left_to_math_verify(gold, right, wrong):
+    math_verify = pytest.importorskip("math_verify")
+    assert GoldAnswer.parse(gold) == GoldAnswer(gold, "math")
+    for answer in [*right, *wrong]:
+        expected = math_verify.verify(*(math_verify.parse(f"\\boxed{{{text}}}") for text in (gold, answer)))
+        assert answers_equal(answer, gold, "math") is expected is (answer in right), answer
+
+
 @pytest.mark.parametrize("text", ["3pi", "3 pi", "2xy", "minus 5", "5 - 3", "3:30", "5 m", "log 5", "- 5"])
 def test_what_is_perhaps_no_number_is_an_expression(text):
     assert GoldAnswer.parse(text).kind == "math"

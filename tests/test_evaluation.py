@@ -20,7 +20,7 @@ from llm2_fast.cli import main
 from llm2_fast.evaluation.arms import Arm, make_arms
 from llm2_fast.evaluation.findings import COSTLY, MIN_PROBLEMS, find_failures
 from llm2_fast.evaluation.grade import count_votes, grade, score_margins
-from llm2_fast.evaluation.markdown import to_markdown
+from llm2_fast.evaluation.markdown import error_notes, to_markdown
 from llm2_fast.evaluation.plots import plot_quality, plot_report
 from llm2_fast.evaluation.prompts import make_prompt
 from llm2_fast.evaluation.record import Record, SampleRecord
@@ -33,7 +33,7 @@ from llm2_fast.supervision import Supervision, SupervisionExample, TokenPair, To
 from recipes.report import write_report
 from recipes.stages import Stages
 from tolerances import TOLERANCES
-from verifiers import KINDS, case, head_verifier
+from verifiers import KINDS, case, head_verifier, lora_case
 
 MODEL, TOKENIZER = arithmetic.model(), arithmetic.tokenizer()
 PROBLEMS = arithmetic.problems(10)
@@ -163,6 +163,7 @@ def test_votes_for_numbers(answers, votes):
 def test_votes_for_expressions():
     pytest.importorskip("math_verify")
     assert count_votes([r"\frac{1}{2}", "0.5", "x", "0.25", "x"], "math") == [0, 0, 2, 3, 2]
+    assert count_votes(["3 + 4 = 7", "7"], "math") == count_votes(["7", "3 + 4 = 7"], "math") == [0, 0]
 
 
 def step(scores, token=0):
@@ -176,22 +177,25 @@ def test_margins():
 
 
 def test_grade():
-    texts = ["The answer is 3.", "1 + 2 = 3", "#### 4", "nothing", "3"]
-    reasons = ["eos", "length", "length", "stop", "error"]
+    texts = ["#### 3", "The answer is 3.", "1 + 2 = 3", "#### 4", "nothing", ""]
+    reasons = ["error", "eos", "length", "length", "stop", "error"]
     samples = [
         Sample([5, 6], text, reason, "broken" if reason == "error" else None)
         for text, reason in zip(texts, reasons, strict=True)
     ]
-    problem, arm = Problem("1 + 2", "#### 3"), Arm("plain", GenerationConfig(), None)
-    record = grade(problem, arm, Generation([1], samples), 2.0, [1.0, None, -1.0, 0.0, 0.0])
+    problem, (plain, verified) = Problem("1 + 2", "#### 3"), make_arms(GenerationConfig(), {}, verified=True)
+    record = grade(problem, plain, Generation([1], samples), 2.0)
     assert [(s.answer, s.right, s.vote) for s in record.samples] == [
-        ("3", True, 0),
+        (None, False, None),  # an error: what it says is no answer
+        ("3", True, 1),
         (None, False, None),  # cut off before an answer was stated
-        ("4", False, 2),
+        ("4", False, 3),
         (None, False, None),
         (None, False, None),
     ]
-    assert [s.score for s in record.samples] == [1.0, None, -1.0, 0.0, 0.0]
+    assert [s.error for s in record.samples] == ["broken", None, None, None, None, "broken"]
+    assert [s.token_ids for s in record.samples] == [[5, 6]] * 6
+    assert [s.token_ids for s in grade(problem, verified, Generation([1], samples), 2.0).samples] == [None] * 6
     assert Record.from_json(record.to_json(), "line") == record
     with pytest.raises(ArgumentError, match="line: expected a record of an evaluation"):
         Record.from_json("{}", "line")
@@ -302,6 +306,28 @@ def test_figures_of_sampled_arms():
     assert all(comparison.p_value is None for comparison in report.comparisons)
     assert find_failures(report) == []
     assert "too few for a verdict" in to_markdown(report)
+
+
+def test_samples_with_errors_are_no_votes_and_are_reported():
+    texts = {
+        0: [("#### 4", "error"), ("#### 3", "eos"), ("#### 4", "error"), ("nothing", "eos")],  # 3 has the only vote
+        1: [("#### 3", "error"), ("#### 3", "error"), ("#### 3", "error"), ("", "error")],
+        2: [("#### 3", "eos")] * 4,
+    }
+    arm, problem = Arm("plain", GenerationConfig(), None), Problem("1 + 2", "#### 3")
+    records = []
+    for pairs in texts.values():
+        samples = [Sample([5], text, reason, "broken" if reason == "error" else None) for text, reason in pairs]
+        records.append(grade(problem, arm, Generation([1], samples), 1.0))
+    report = summarize([arm], {arm.key: records}, seed=0)
+    plain = report.arm("plain")
+    assert (plain.errors, plain.failed_problems, plain.unanswered) == (6, 1, 1)
+    assert plain.metrics["maj@4"].mean == pytest.approx(2 / 3)
+    assert plain.metrics["pass@1"].mean == pytest.approx((1 / 4 + 0 + 1) / 3)
+    note = "plain: 6 of 12 samples ended with an error: they count as wrong, not as votes; all samples of 1 problem"
+    assert list(error_notes(report)) == [note]
+    assert f"\n- {note}\n" in to_markdown(report)
+    assert list(error_notes(summarize([arm], {arm.key: records[2:]}, seed=0))) == []
 
 
 @pytest.mark.parametrize(
@@ -545,6 +571,81 @@ def test_a_harmful_verifier_is_warned_of(tmp_path, caplog, monkeypatch):
     assert "actively harmful: verified is worse than plain decoding: pass@1 -100.0 points" in caplog.text
 
 
+def test_samples_that_a_broken_verifier_ends_are_reported(tmp_path, caplog):
+    broken = head_verifier(MODEL)
+    broken.head.score.weight.data.fill_(math.nan)
+    with caplog.at_level(logging.WARNING, logger="llm2_fast"):
+        report = evaluate(make_engine(broken), PROBLEMS, tmp_path, **SAMPLED)
+    plain, truncated, verified = report.arms
+    assert plain.errors == plain.failed_problems == 0
+    for arm in (truncated, verified):  # 0 times NaN is NaN
+        assert arm.errors > arm.failed_problems > 0
+        found = [s for r in read(tmp_path).values() for s in r.samples if s.finish_reason == "error"]
+        assert all((s.answer, s.right, s.vote) == (None, False, None) and s.error for s in found)
+        assert f"{arm.name}: {arm.errors} of {report.num_problems * 4} samples ended with an error" in caplog.text
+
+
+# --- Plain decoding of an earlier evaluation ---------------------------------------------------------------------
+
+
+def without_times_in(report):
+    arms = [dataclasses.replace(arm, seconds=0.0, rerank_seconds=0.0, taken_over=0) for arm in report.arms]
+    return dataclasses.replace(report, arms=arms)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_plain_decoding_is_taken_over(tmp_path, monkeypatch, options):
+    verifiers = [None, head_verifier(MODEL), head_verifier(MODEL, seed=6), lora_case(MODEL).verifier]
+    alone = [evaluate(make_engine(v), PROBLEMS, tmp_path / f"alone-{i}", **options) for i, v in enumerate(verifiers)]
+    monkeypatch.delattr(llm2_fast.Engine, "without_verifier")
+    for i, verifier in enumerate(verifiers):
+        engine = make_engine(verifier)
+        for source in {0, 1, i}:
+            plain, output = tmp_path / f"alone-{source}", tmp_path / f"{i}-from-{source}"
+            report = evaluate(engine, PROBLEMS, output, plain=plain, **options)
+            assert without_times_in(report) == without_times_in(alone[i])
+            assert [arm.taken_over for arm in report.arms] == [report.num_problems] + [0] * (len(report.arms) - 1)
+            mine, theirs, original = (read(path) for path in (output, tmp_path / f"alone-{i}", plain))
+            assert {id: dataclasses.replace(r, taken_over=False) for id, r in without_times(mine).items()} == (
+                without_times(theirs)
+            )
+            assert all(r.seconds == original[id].seconds for id, r in mine.items() if r.arm == "plain")
+            assert "- plain: taken over from an earlier evaluation" in (output / "report.md").read_text()
+    limits = {"kv_cache_memory_bytes": CACHE_BYTES, "max_length": 60}  # as of a verifier with a shorter context
+    again = llm2_fast.load(MODEL, verifiers[1], tokenizer=TOKENIZER, **limits)
+    evaluate(again, PROBLEMS[:3], tmp_path / "again", plain=tmp_path / "1-from-0", **options)
+    assert len(read(tmp_path / "again")) == 3 * len(alone[1].arms)
+
+
+def test_only_the_same_plain_decoding_is_taken_over(tmp_path):
+    problems, plain = PROBLEMS[:4], tmp_path / "plain"
+    evaluate(engine(), problems, plain, **SAMPLED)
+    other_model = llm2_fast.load(arithmetic.model("gemma3"), tokenizer=TOKENIZER, kv_cache_memory_bytes=CACHE_BYTES)
+
+    def refuses(message, *, used=None, problems=problems, plain=plain, **options):
+        with pytest.raises(ArgumentError, match=f"^plain: expected {message}"):
+            evaluate(used or engine(), problems, tmp_path / "output", plain=plain, **{**SAMPLED, **options})
+        assert not (tmp_path / "output").exists()
+
+    same = "an evaluation with the same model and options, got "
+    refuses(f"{same}seed 5 there, 6 here", seed=6)
+    refuses(f"{same}n 4 there, 2 here", n=2)
+    refuses(f"{same}temperature 1.0 there, 0.5 here", temperature=0.5)
+    refuses(f"{same}max_new_tokens 10 there, 9 here", max_new_tokens=9)
+    refuses(f"{same}stop ", stop=("is",))
+    refuses(f"{same}.*examples None there", examples=arithmetic.problems(2, seed=7))
+    refuses(f"{same}backend 'cpu' there, 'reference' here", used=engine("reference"))
+    refuses(f"{same}model_fingerprint ", used=other_model)
+    refuses("a finished evaluation of all .* problems, got .* missing in .*plain, the first: '", problems=PROBLEMS)
+    changed = [{**problems[0], "answer": "#### 2"}, *problems[1:]]
+    refuses("a finished evaluation of all 4 problems, got 1 missing", problems=changed)
+    refuses("the directory of an earlier evaluation, got ", plain=tmp_path / "nowhere")
+    refuses("the directory of an earlier evaluation, got ", plain=7)
+    for shard in plain.glob("shard-*.jsonl"):  # as before token ids were kept
+        shard.write_text(re.sub(r'"token_ids": \[[^\]]*\]', '"token_ids": null', shard.read_text()))
+    refuses("records with token ids, to rerank samples")
+
+
 def test_the_progress_bar_shows_the_time_left(tmp_path, capsys, monkeypatch):
     clock = itertools.count(0, 60)  # a minute passes whenever the bar looks
     monkeypatch.setattr("tqdm.std.time", lambda: float(next(clock)))
@@ -610,6 +711,19 @@ def test_eval(saved, tmp_path, capsys):
     entry = json.loads(capsys.readouterr().out)
     assert entry == json.loads((tmp_path / "report.json").read_text())
     assert math.isclose(sum(arm["seconds"] for arm in entry["arms"]), sum(r.seconds for r in read(tmp_path).values()))
+
+
+def test_eval_takes_plain_decoding_over(saved, tmp_path, capsys):
+    def arguments(output, *flags):
+        places = [str(saved / "model"), str(saved / "problems.jsonl"), str(tmp_path / output)]
+        return ["eval", *places, "--limit=3", "--max-new-tokens=8", *flags]
+
+    assert main(arguments("plain")) == 0
+    flags = [f"--verifier={saved / 'verifier'}", f"--plain={tmp_path / 'plain'}"]
+    assert main(arguments("verified", *flags)) == 0
+    assert "- plain: taken over from an earlier evaluation, with its times, for 3 problems" in capsys.readouterr().out
+    assert main(arguments("other", *flags, "--seed=1")) == 2
+    assert "plain: expected an evaluation with the same model and options, got seed 0" in capsys.readouterr().err
 
 
 def test_eval_sweeps_over_top_k(saved, tmp_path, capsys):

@@ -8,20 +8,25 @@ import re
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+import arithmetic as tiny_arithmetic
+import llm2_fast
+import tiny
 from llm2_fast.errors import ArgumentError
 from llm2_fast.evaluation.markdown import percent
 from llm2_fast.evaluation.report import Estimate, EvaluationReport
 from llm2_fast.problems import load_problems
 from recipes import ablations, arithmetic, gsm8k
-from recipes.experiment import choose_beta
+from recipes.experiment import Experiment, Settings, choose_beta
 from recipes.negatives import FORM, categorize
 from recipes.report import table
 from recipes.stages import Stages
 from recipes.tokenizer import make_tokenizer
 from recipes.word_problems import KINDS, MAX_VALUE, TARGET, generate, workshop
+from verifiers import full_case, head_verifier
 
 _EQUATION = re.compile(r"(\d)([-+*/])(\d)=(\d)$")
 
@@ -105,6 +110,43 @@ def test_the_smaller_of_equally_good_betas_is_chosen() -> None:
 def test_tables() -> None:
     assert table(("a", "b"), [(1, 2), (3,)]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 |  |"
     assert percent(Estimate(mean=0.5, low=0.25, high=0.75), "+") == "+50.0 [+25.0, +75.0]"
+
+
+def test_plain_decoding_is_done_once_for_all_kinds(tmp_path, monkeypatch) -> None:
+    model = tiny_arithmetic.model()
+    saved = tmp_path / "system1"
+    for part in (model, tiny_arithmetic.tokenizer()):
+        part.save_pretrained(saved)
+    problems = tiny_arithmetic.problems(16)
+    sizes = {"sampled": 4, "samples": 3, "max_new_tokens": 8, "max_batch_size": 4}
+    settings = Settings(**sizes, exploration={}, verifiers={"head": {}, "full": {}}, control=None)
+
+    def run(name: str) -> tuple[list[dict[str, Any]], int]:
+        """Results without times, and how often plain decoding had an engine of its own."""
+        experiment = Experiment(Stages(tmp_path / name, {}), saved, settings, seed=0)
+        arithmetic.write_problems(experiment.problems("validation"), problems[:8])
+        arithmetic.write_problems(experiment.problems("test"), problems[8:])
+        head_verifier(model).save_pretrained(experiment.directory / "head")
+        full = full_case(model, tiny.classifier("llama", num_hidden_layers=2)).verifier
+        full.save_pretrained(experiment.directory / "full")
+        plain_engine, made = llm2_fast.Engine.without_verifier, []
+        with monkeypatch.context() as patch:
+            patch.setattr(llm2_fast.Engine, "without_verifier", lambda self: made.append(1) or plain_engine(self))
+            results = []
+            for kind in settings.verifiers:
+                results.append(experiment.compare_betas(kind))
+                results.append(experiment.greedy(saved, kind, 1.0, experiment.plain_of_first("greedy", kind)))
+                results.append(experiment.sample(kind, 1.0))
+        for arm in (arm for result in results for arm in result["arms"]):
+            del arm["seconds"], arm["rerank_seconds"], arm["taken_over"]
+        return results, len(made)
+
+    shared, engines = run("shared")
+    monkeypatch.setattr(Experiment, "plain_of_first", lambda *_: None)
+    alone, engines_alone = run("alone")
+    assert shared == alone
+    assert (engines, engines_alone) == (3, 6)
+    assert all(any(arm["intervention_share"] > 0 for arm in result["arms"]) for result in shared)
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="more steered arms: values of alpha, beta or candidate_top_k; repeatable, in all combinations",
     )
+    parser.add_argument("--plain", metavar="PATH", help="take plain decoding over from an earlier evaluation's OUTPUT")
     parser.add_argument("--json", action="store_true", help="print the report as a JSON object")
     parser.add_argument("--plots", action="store_true", help="also draw figures into OUTPUT")
     parser.add_argument(
@@ -66,7 +67,9 @@ def run(options: argparse.Namespace) -> int:
     examples = load_problems(options.examples)[: options.num_examples] if options.examples else []
     engine = load(options.model, options.verifier, **load_options(options))
     progress = sys.stderr.isatty()
-    report = evaluate(engine, problems, options.output, config, examples=examples, sweep=sweep, progress=progress)
+    report = evaluate(
+        engine, problems, options.output, config, examples=examples, sweep=sweep, plain=options.plain, progress=progress
+    )
     if options.json:
         print_json(report)
     else:

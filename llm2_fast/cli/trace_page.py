@@ -16,26 +16,41 @@ from llm2_fast.results import Generation, Sample, TraceStep
 _CLOSE = (0.25, 0.5, 1.0, 2.0)  # margins below these get colours, the smallest the strongest
 _PART = "\N{WHITE VERTICAL RECTANGLE}"  # stands for a token that is only part of a character
 
+# Candidates have a panel of their own, below the text or, on wide screens, beside it, so that they hide no token.
 _STYLE = """
-:root { color-scheme: light dark; --changed: #1a7f37; --warm: 255, 150, 30; --card: #fff; --line: #ccc; --quiet: #777; }
-@media (prefers-color-scheme: dark) { :root { --changed: #2ea043; --card: #22262c; --line: #444; --quiet: #999; } }
-body { font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto 45vh; padding: 0 1rem; }
-h1 { font-size: 1.3rem; } h2 { font-size: 1rem; margin-top: 2rem; }
-.text { font: 15px/1.8 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+:root { color-scheme: light dark; --changed: #1a7f37; --warm: 255, 150, 30;
+  --card: #f6f7f9; --line: #ccc; --quiet: #6a6a6a; }
+@media (prefers-color-scheme: dark) {
+  :root { --changed: #238636; --warm: 215, 110, 10; --card: #22262c; --line: #444; --quiet: #999; }
+}
+html { scroll-padding-bottom: 42vh; }
+body { font: 16px/1.6 system-ui, sans-serif; margin: 0; padding: 1rem max(1rem, 50vw - 30rem) 42vh; }
+.panel { position: fixed; box-sizing: border-box; inset: 60vh 0 0 0; overflow: auto; background: var(--card);
+  padding: .6rem max(1rem, 50vw - 30rem); border: 0 solid var(--line); border-top-width: 1px; }
+@media (min-width: 75rem) {
+  html { scroll-padding-bottom: 0; }
+  body { margin-right: 36rem; padding: 1rem max(2rem, 50vw - 48rem); }
+  .panel { inset: 0 0 0 auto; width: 36rem; padding: 1rem; border-width: 0 0 0 1px; }
+}
+@media print { body { margin: 0; } .panel { display: none; } }
+h1 { font-size: 1.3rem; overflow-wrap: anywhere; } h2 { font-size: 1rem; margin-top: 2rem; }
+.text, .card { font: 15px/1.8 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 .quiet, .prompt { color: var(--quiet); }
+.shades { white-space: nowrap; }
 .token { display: inline; border-radius: 3px; cursor: default; }
-.token:hover, .token:focus { outline: 2px solid currentColor; }
+.token:hover, .token:focus { outline: 2px solid CanvasText; }
 .close0 { background: rgba(var(--warm), .75); } .close1 { background: rgba(var(--warm), .5); }
 .close2 { background: rgba(var(--warm), .32); } .close3 { background: rgba(var(--warm), .16); }
 .below { border-bottom: 2px dotted currentColor; }
-.changed { background: var(--changed); color: #fff; }
-.card { display: none; position: fixed; inset: auto 0 0 0; max-height: 40vh; overflow: auto; padding: .6rem 1rem;
-  background: var(--card); color: CanvasText; border-top: 1px solid var(--line); white-space: pre; }
+.changed { background: var(--changed); color: #fff; } .changed .quiet { color: inherit; }
+.card { display: none; font-size: 14px; color: CanvasText; }
 .token:hover .card, .token:focus .card { display: block; }
 .token:hover .card { z-index: 1; }
-table { border-collapse: collapse; } td, th { padding: 0 .8rem; text-align: right; font-weight: normal; }
-td:first-child, th:first-child { text-align: left; } th { color: var(--quiet); }
+table { border-collapse: collapse; } td, th { padding: 0 .5rem; text-align: right; font-weight: normal; }
+td:first-child, th:first-child { text-align: left; padding-left: 0; }
+td { white-space: pre; } th { color: var(--quiet); overflow-wrap: normal; }
 tr.chosen td { font-weight: bold; }
+@media (max-width: 36rem) { .card { font-size: 12px; } td, th { padding: 0 .25rem; } }
 """.strip()
 
 _PAGE = """<!DOCTYPE html>
@@ -50,6 +65,7 @@ _PAGE = """<!DOCTYPE html>
 </style>
 </head>
 <body>
+<aside class="panel quiet">Point at a token to see its candidates; click on it to keep them here.</aside>
 <h1>{title}</h1>
 <p class="quiet">{summary}</p>
 <p>{legend}</p>
@@ -67,7 +83,7 @@ def trace_page(
     """The page.
 
     Every token is coloured by what System 2 had to do with it: its own choices, and how closely others were decided.
-    Pointing at a token, or moving to it with the tab key, shows its candidates.
+    Pointing at a token, or moving to it with the tab key, shows its candidates; clicking on it keeps them.
 
     Args:
         generation: Traced, with a verifier.
@@ -108,8 +124,9 @@ def _legend() -> str:
     )
     return (
         '<span class="changed">&nbsp;System 2 chose this&nbsp;</span> instead of System 1\'s token. Else by margin, '
-        f'the adjusted logit less the next best: {shades}; <span class="below">drawn against a better one</span>; '
-        "plain: nothing to decide, or decided clearly. Point at a token to see its candidates."
+        f'the adjusted logit less the next best: <span class="shades">{shades}</span>; '
+        '<span class="below">drawn against a better one</span>; '
+        "plain: nothing to decide, or decided clearly."
     )
 
 
@@ -178,7 +195,7 @@ def _card(number: int, step: TraceStep, tokenizer: PreTrainedTokenizerBase | Non
         mark = ' class="chosen"' if token == step.token_id else ""
         rows.append(f"<tr{mark}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
     names = "".join(f"<th>{name}</th>" for name in ("token", "probability", "logit z", "score s", "adjusted z*"))
-    return f'<div class="card">{escape(head)}<table><tr>{names}</tr>{"".join(rows)}</table></div>'
+    return f'<div class="card panel">{escape(head)}<table><tr>{names}</tr>{"".join(rows)}</table></div>'
 
 
 def _name(token_id: int, tokenizer: PreTrainedTokenizerBase | None) -> str:

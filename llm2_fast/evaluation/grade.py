@@ -14,32 +14,36 @@ from llm2_fast.results import Generation, Sample
 _COMPLETE = ("eos", "stop")  # a text that was cut off states no answer by its last number
 
 
-def grade(
-    problem: Problem, arm: Arm, generation: Generation, seconds: float, scores: Sequence[float | None] | None = None
-) -> Record:
+def grade(problem: Problem, arm: Arm, generation: Generation, seconds: float) -> Record:
     """The record of a problem in an arm.
+
+    A sample that ended with an error states no answer, whatever it had come to by then: it is wrong and no vote.
 
     Args:
         problem: With its gold answer.
         arm: Where the generation comes from.
         generation: `n` solutions.
         seconds: Its share of the time.
-        scores: Of each sample, where they are reranked.
     """
     gold, samples, stats = problem.gold, generation.samples, generation.stats
-    answers = [extract_answer(sample.text, complete=sample.finish_reason in _COMPLETE) for sample in samples]
+    answers = [
+        None if s.finish_reason == "error" else extract_answer(s.text, complete=s.finish_reason in _COMPLETE)
+        for s in samples
+    ]
     votes = count_votes(answers, gold.kind)
+    can_be_reranked = not arm.steered and len(samples) > 1
     graded = [
         SampleRecord(
             text=sample.text,
             answer=answer,
-            right=sample.error is None and answer is not None and answers_equal(answer, gold.text, gold.kind),
+            right=answer is not None and answers_equal(answer, gold.text, gold.kind),
             vote=vote,
             num_tokens=len(sample.token_ids),
             finish_reason=sample.finish_reason,
-            score=score,
+            error=sample.error,
+            token_ids=sample.token_ids if can_be_reranked else None,
         )
-        for sample, answer, vote, score in zip(samples, answers, votes, scores or [None] * len(samples), strict=True)
+        for sample, answer, vote in zip(samples, answers, votes, strict=True)
     ]
     return Record(
         problem_id=problem.id,

@@ -18,6 +18,8 @@ def to_markdown(report: EvaluationReport) -> str:
         "\n".join(_accuracy_table(report)),
         "\n".join(_cost_table(report)),
     ]
+    if notes := [*error_notes(report), *_taken_over_notes(report)]:
+        parts.append("\n".join(f"- {note}" for note in notes))
     if report.comparisons:
         parts.append("\n".join(_comparison_table(report)))
         parts.append("\n".join(f"- {verdict}" for verdict in verdicts(report)))
@@ -55,6 +57,22 @@ def _comparison_table(report: EvaluationReport) -> Iterator[str]:
         verdict = "" if report.num_problems < MIN_PROBLEMS else {1: "better", -1: "worse", 0: ""}[c.significance]
         rows.append([c.arm, c.metric, other, percent(c.difference, "+"), f"{c.wins}:{c.losses}", p_value, verdict])
     return _table(["arm", "metric", "against", "difference", "wins:losses", "McNemar p", "significant"], rows)
+
+
+def error_notes(report: EvaluationReport) -> Iterator[str]:
+    """How many samples of each arm ended with an error, where there are any."""
+    for arm in report.arms:
+        if arm.errors:
+            total = report.num_problems * report.num_samples
+            note = f"{arm.name}: {arm.errors} of {total} samples ended with an error: they count as wrong, not as votes"
+            failed = f"; all samples of {arm.failed_problems} problem{'s' * (arm.failed_problems > 1)}"
+            yield note + failed * (arm.failed_problems > 0)
+
+
+def _taken_over_notes(report: EvaluationReport) -> Iterator[str]:
+    for arm in report.arms:
+        if arm.taken_over:
+            yield f"{arm.name}: taken over from an earlier evaluation, with its times, for {arm.taken_over} problems"
 
 
 def verdicts(report: EvaluationReport) -> Iterator[str]:

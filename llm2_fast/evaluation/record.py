@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llm2_fast.errors import ArgumentError
+from llm2_fast.supervision import SHARD_PATTERN
 
 
 @dataclass(frozen=True)
@@ -16,12 +18,14 @@ class SampleRecord:
 
     Attributes:
         text: As generated.
-        answer: The final answer it states; None if it states none.
+        answer: The final answer it states; None if it states none or ended with an error.
         right: The answer equals the gold answer.
         vote: Index of the problem's first sample with an equal answer; None without an answer that can be compared.
         num_tokens: Generated.
-        finish_reason: Of the sample; one that ended with "error" is not right.
+        finish_reason: Of the sample.
         score: Sum of the verifier's scores of its tokens, for samples of plain decoding that are reranked.
+        error: What went wrong, with `finish_reason` "error".
+        token_ids: Of plain decoding with several samples, which verifiers can rerank.
     """
 
     text: str
@@ -31,6 +35,8 @@ class SampleRecord:
     num_tokens: int
     finish_reason: str
     score: float | None = None
+    error: str | None = None
+    token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Record:
         margins: With `trace`: ambiguous steps by the difference of the two best scores, to one decimal.
         seconds: Its share of the wall clock of the problems that were decoded together.
         rerank_seconds: The same for the scores of plain samples.
+        taken_over: It was decoded by an earlier evaluation, in the same `seconds`.
     """
 
     problem_id: str
@@ -60,6 +67,7 @@ class Record:
     margins: dict[str, int]
     seconds: float
     rerank_seconds: float = 0.0
+    taken_over: bool = False
 
     @property
     def id(self) -> str:
@@ -83,6 +91,21 @@ class Record:
             return cls(**{**entry, "samples": [SampleRecord(**sample) for sample in entry["samples"]]})
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ArgumentError(where, "a record of an evaluation", repr(error)) from error
+
+
+def read_records(directory: Path) -> dict[str, Record]:
+    """By id, what the finished shards of an evaluation hold.
+
+    Raises:
+        ArgumentError: A line is no record; the message names file and line.
+    """
+    found = {}
+    for path in sorted(directory.glob(SHARD_PATTERN)):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            if line:
+                record = Record.from_json(line, f"{path.name}:{number}")
+                found[record.id] = record
+    return found
 
 
 def record_id(problem_id: str, arm: str) -> str:

@@ -50,10 +50,12 @@ class ArmReport:
         rerank_seconds: Wall clock of scoring plain samples.
         ambiguous_share, intervention_share, cut_share: Of the steps.
         mean_candidates: Per step; 0 without a verifier.
-        errors: Samples that ended with an error.
+        errors: Samples that ended with an error; they are wrong and do not vote.
         unfinished: Samples that reached `max_new_tokens`.
-        unanswered: Samples that state no answer.
+        unanswered: Samples that ended without an error and state no answer.
         margins: Ambiguous steps by the difference of the two best scores, with `trace`.
+        failed_problems: Problems of which all samples ended with an error; they count as wrong.
+        taken_over: Problems that an earlier evaluation decoded, which `seconds` tells the time of.
     """
 
     name: str
@@ -71,6 +73,8 @@ class ArmReport:
     unfinished: int
     unanswered: int
     margins: Mapping[str, int]
+    failed_problems: int = 0  # these two are not in older files
+    taken_over: int = 0
 
     @property
     def seconds_per_token(self) -> float:
@@ -277,6 +281,8 @@ def _arm_report(arm: Arm, records: Sequence[Record], metrics: Mapping[str, Estim
         mean_candidates=sum(record.num_candidates for record in records) / steps,
         errors=sum(sample.finish_reason == "error" for sample in samples),
         unfinished=sum(sample.finish_reason == "length" for sample in samples),
-        unanswered=sum(sample.answer is None for sample in samples),
+        unanswered=sum(sample.answer is None and sample.finish_reason != "error" for sample in samples),
         margins=dict(sorted(margins.items(), key=lambda entry: float(entry[0]))),
+        failed_problems=sum(all(s.finish_reason == "error" for s in record.samples) for record in records),
+        taken_over=sum(record.taken_over for record in records),
     )

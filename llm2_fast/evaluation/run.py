@@ -19,20 +19,22 @@ from tqdm.auto import tqdm
 from llm2_fast.config import GenerationConfig
 from llm2_fast.engine import Engine
 from llm2_fast.errors import ArgumentError
-from llm2_fast.evaluation.arms import PLAIN, STEERING, Arm, make_arms
+from llm2_fast.evaluation.arms import STEERING, Arm, make_arms
 from llm2_fast.evaluation.findings import find_failures
 from llm2_fast.evaluation.grade import grade
-from llm2_fast.evaluation.markdown import to_markdown
+from llm2_fast.evaluation.markdown import error_notes, to_markdown
+from llm2_fast.evaluation.plain import read_plain
 from llm2_fast.evaluation.prompts import FEW_SHOT_STOP, make_prompt
-from llm2_fast.evaluation.record import Record, record_id
+from llm2_fast.evaluation.record import Record, read_records, record_id
 from llm2_fast.evaluation.report import EvaluationReport, summarize
 from llm2_fast.evaluation.rerank import Reranker
 from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.models.loading import tokenizer_hash
 from llm2_fast.problems import Problem, ProblemSource, check_answers, load_problems, unique_problems
 from llm2_fast.prompts import chat_template_hash, encode_prompt
+from llm2_fast.results import Generation, Sample
 from llm2_fast.store import ShardStore
-from llm2_fast.supervision import Manifest, supervision_files
+from llm2_fast.supervision import Manifest
 from llm2_fast.version import __version__
 
 _LOGGER = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ def evaluate(
     *,
     examples: ProblemSource = (),
     sweep: Mapping[str, Iterable[Any]] | None = None,
+    plain: str | os.PathLike[str] | None = None,
     progress: bool = False,
     **overrides: Any,
 ) -> EvaluationReport:
@@ -70,6 +73,10 @@ def evaluate(
         examples: Worked examples in front of each problem, as `problems`. The prompt is then text instead of a chat and
             their answers end in "So the answer is x.".
         sweep: More steered arms: values by option, "alpha", "beta" or "candidate_top_k", in all combinations.
+        plain: Directory of an earlier evaluation of the same problems, or more, with the same model, examples and
+            options, but perhaps another verifier. Its plain decoding is taken over, times included, instead of being
+            done again; plain samples are reranked anew. Other arms are never taken over: even with beta = 0 they
+            depend on the verifier, on its vocabulary and on whether its scores are finite.
         progress: Show a progress bar.
         **overrides: Single options that replace those of `config`.
 
@@ -77,8 +84,8 @@ def evaluate(
         `EvaluationReport`.
 
     Raises:
-        ArgumentError: An argument is unusable, or `output_dir` holds results of something else; nothing has been
-            computed then.
+        ArgumentError: An argument is unusable, `output_dir` holds results of something else, or `plain` does not hold
+            what would be decoded; nothing has been computed then.
         MissingDependencyError: Answers that are expressions need `math-verify`.
     """
     if config is not None and not isinstance(config, GenerationConfig):
@@ -91,9 +98,11 @@ def evaluate(
     if examples:
         config = config.merge(stop=tuple(dict.fromkeys([*config.stop, FEW_SHOT_STOP])))
     arms = make_arms(config, sweep or {}, verified=engine.verifier is not None)
-    evaluator = _Evaluator(engine, arms, _encode(engine, chosen, examples, config))
-    output_dir = Path(output_dir)
-    with ShardStore(output_dir, _manifest(engine, config, examples), Record.from_json) as store:
+    prompts = _encode(engine, chosen, examples, config)
+    output_dir, manifest = Path(output_dir), _manifest(engine, config, examples)
+    earlier = {} if plain is None else read_plain(plain, manifest, chosen)
+    evaluator = _Evaluator(engine, arms, prompts, earlier)
+    with ShardStore(output_dir, manifest, Record.from_json) as store:
         total = len(chosen) * len(arms)
         done = sum(record_id(problem.id, arm.key) in store.ids for problem in chosen for arm in arms)
         with tqdm(total=total, initial=done, desc="evaluate", unit="record", disable=not progress) as bar:
@@ -104,6 +113,8 @@ def evaluate(
     report = replace(report, failures=find_failures(report))
     (output_dir / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     (output_dir / "report.md").write_text(to_markdown(report), encoding="utf-8")
+    for note in error_notes(report):
+        _LOGGER.warning("%s", note)
     for failure in report.failures:
         if failure.kind == "harmful":
             _LOGGER.warning("the verifier is actively harmful: %s", failure.message)
@@ -117,10 +128,13 @@ class _Evaluator:
         engine: Runs the steered arms.
         arms: Plain decoding among them.
         prompts: Token ids by problem id.
+        earlier: Records of plain decoding by problem id; empty if it is to be done here.
     """
 
-    def __init__(self, engine: Engine, arms: list[Arm], prompts: Mapping[str, list[int]]) -> None:
-        self._engine, self._arms, self._prompts = engine, arms, prompts
+    def __init__(
+        self, engine: Engine, arms: list[Arm], prompts: Mapping[str, list[int]], earlier: Mapping[str, Record]
+    ) -> None:
+        self._engine, self._arms, self._prompts, self._earlier = engine, arms, prompts, earlier
 
     @cached_property
     def _plain_engine(self) -> Engine:
@@ -138,7 +152,12 @@ class _Evaluator:
             for arm in self._arms:
                 group = [p for p in problems[start : start + size] if record_id(p.id, arm.key) not in done]
                 if group:
-                    yield from self._decode(arm, group)
+                    yield from self._decode(arm, group) if arm.steered else self._plain(arm, group)
+
+    def _plain(self, arm: Arm, problems: list[Problem]) -> Iterator[Record]:
+        records = [self._earlier[p.id] for p in problems] if self._earlier else self._decode(arm, problems)
+        reranked = self._engine.verifier is not None and arm.config.n > 1
+        yield from map(self._rerank, records) if reranked else records
 
     def _decode(self, arm: Arm, problems: list[Problem]) -> Iterator[Record]:
         engine = self._engine if arm.steered else self._plain_engine
@@ -146,15 +165,17 @@ class _Evaluator:
         start = time.perf_counter()
         generations = engine.generate([self._prompts[p.id] for p in problems], arm.config, request_ids=request_ids)
         seconds = (time.perf_counter() - start) / len(problems)
-        reranked = arm.key == PLAIN and self._engine.verifier is not None and arm.config.n > 1
         for problem, generation in zip(problems, generations, strict=True):
-            if not reranked:
-                yield grade(problem, arm, generation, seconds)
-                continue
-            start = time.perf_counter()
-            scores = self._reranker.scores(generation)
-            rerank_seconds = time.perf_counter() - start
-            yield replace(grade(problem, arm, generation, seconds, scores), rerank_seconds=rerank_seconds)
+            yield grade(problem, arm, generation, seconds)
+
+    def _rerank(self, record: Record) -> Record:
+        """The record of plain decoding with the verifier's scores."""
+        samples = [Sample(s.token_ids, s.text, s.finish_reason, s.error) for s in record.samples]
+        start = time.perf_counter()
+        scores = self._reranker.scores(Generation(self._prompts[record.problem_id], samples))
+        rerank_seconds = time.perf_counter() - start
+        scored = [replace(sample, score=score) for sample, score in zip(record.samples, scores, strict=True)]
+        return replace(record, samples=scored, rerank_seconds=rerank_seconds)
 
 
 def _encode(
@@ -204,10 +225,5 @@ def _manifest(engine: Engine, config: GenerationConfig, examples: list[Problem])
 
 def _read_records(output_dir: Path, problems: list[Problem], arms: list[Arm]) -> dict[str, list[Record]]:
     """By arm key, the records of the problems in their order."""
-    found = {}
-    for path in supervision_files(output_dir):
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-            if line:
-                record = Record.from_json(line, f"{path.name}:{number}")
-                found[record.id] = record
+    found = read_records(output_dir)
     return {arm.key: [found[record_id(problem.id, arm.key)] for problem in problems] for arm in arms}
