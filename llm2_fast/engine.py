@@ -279,11 +279,16 @@ class Engine:
         """
         if (count := len(as_prompt_list(prompt))) != 1:
             raise ArgumentError("prompt", "one prompt", f"{count} prompts")
-        requests = self._make_requests(prompt, _merge_config(config, overrides), [request_id])
+        requests = self._make_requests(prompt, _merge_config(config, overrides), [request_id], streamed=True)
         return self._decode(Schedule(self._backend, requests, self.max_batch_size, may_pause=True))
 
     def _make_requests(
-        self, prompts: Prompt | Iterable[Prompt], config: GenerationConfig, request_ids: Iterable[int] | None
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        config: GenerationConfig,
+        request_ids: Iterable[int] | None,
+        *,
+        streamed: bool = False,
     ) -> list[Request]:
         prompts = as_prompt_list(prompts)
         if not isinstance(request_ids, (Iterable, type(None))):
@@ -305,7 +310,7 @@ class Engine:
                 raise ArgumentError(name, expected, actual)
             self._backend.check_fits(len(token_ids) + config.max_new_tokens, f"{name} with max_new_tokens")
             eos_token_ids = () if config.ignore_eos else self._eos_token_ids
-            requests.append(Request(request_id, token_ids, config, eos_token_ids, self.tokenizer))
+            requests.append(Request(request_id, token_ids, config, eos_token_ids, self.tokenizer, streamed))
         return requests
 
     def _decode(self, schedule: Schedule) -> Iterator[StreamEvent]:

@@ -20,6 +20,7 @@ class Request:
     Attributes:
         request_id, prompt_token_ids, config, eos_token_ids: As of its sequences.
         tokenizer: None if there is none.
+        streamed: Text is wanted as it comes, not only at the end.
         stats: Over all samples.
         samples: `config.n` of them.
         prefix: The prompt, for several samples to fork from; None if there is one sample.
@@ -30,6 +31,7 @@ class Request:
     config: GenerationConfig
     eos_token_ids: tuple[int, ...]
     tokenizer: PreTrainedTokenizerBase | None
+    streamed: bool = False
     stats: GenerationStats = field(default_factory=GenerationStats)
     _decode_start: float | None = None
 
@@ -72,7 +74,9 @@ class Sampling:
     def __init__(self, request: Request, sequence: Sequence) -> None:
         self.request, self.sequence = request, sequence
         self.sample = Sample(token_ids=sequence.token_ids, trace=[] if request.config.trace else None)
-        self._detokenizer = Detokenizer(request.tokenizer, request.config.stop) if request.tokenizer else None
+        # Decoding text token by token costs as much as a percent of a step, so only who looks at it pays for it.
+        incremental = request.tokenizer is not None and (request.streamed or request.config.stop)
+        self._detokenizer = Detokenizer(request.tokenizer, request.config.stop) if incremental else None
 
     @property
     def finished(self) -> bool:
@@ -103,6 +107,8 @@ class Sampling:
                 sample.text = self._detokenizer.text
                 if self._detokenizer.stopped and sample.finish_reason == "length":
                     sample.finish_reason = "stop"  # the last characters were held back until now
+            elif self.request.tokenizer is not None:
+                sample.text = self.request.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
             self.request.sample_finished()
         return StreamEvent(
             self.sequence.sample_index,
