@@ -28,17 +28,18 @@ from client import Client
 
 HERE = Path(__file__).resolve().parent
 BATCH_SIZES = (1, 8, 16, 32)
-PROMPTS = 16
+PROMPTS = 32  # all different: what engines keep of one prompt cannot help with another beyond their common beginning
+ALONE = 16  # of them at batch size 1
 _SLOW = 4
 LONGEST = 2048  # tokens of prompt and continuation
 QUESTIONS = [
     f"{name} buys {a} boxes with {b} {thing} each and gives {c} of them away. How many {thing} are left?"
     for name, a, b, thing, c in zip(
-        ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gia", "Hal") * 2,
-        range(3, 19),
-        range(20, 4, -1),
-        ("pens", "eggs", "cards", "nails") * 4,
-        range(1, 17),
+        ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gia", "Hal") * 4,
+        range(3, 35),
+        range(40, 8, -1),
+        ("pens", "eggs", "cards", "nails") * 8,
+        range(1, 33),
         strict=True,
     )
 ]
@@ -108,25 +109,24 @@ def entries(files: files_module.Files, arguments: argparse.Namespace) -> list[En
     return found
 
 
-def measure(found: list[Entry], prompts: list[list[int]], new_tokens: int, rounds: int) -> list[float]:
-    """Let the entries take turns. Returns the read bandwidths before, between and after the batch sizes."""
+def measure(found: list[Entry], prompts: list[list[int]], new_tokens: int, turns: int) -> list[float]:
+    """Let the entries take turns, at least `turns`. Returns the read bandwidths around the batch sizes."""
     bandwidth = [harness.measure_read_bandwidth()]
     for batch_size in BATCH_SIZES:
         measured = [entry for entry in found if batch_size in entry.batch_sizes]
         for entry in measured:
-            entry.decode((prompts * batch_size)[:batch_size], 4)  # warm-up: caches of this size exist from here on
+            entry.decode(prompts[:batch_size], 4)  # warm-up: caches of this size exist from here on
             if batch_size == 1:
                 entry.candidates.clear()
-        repeated = prompts * -(-batch_size // len(prompts))
-        for _ in range(rounds):
-            for first in range(0, len(repeated), batch_size):
-                turn = first if batch_size == 1 else 0
-                for entry in measured:
-                    if turn % entry.every:
-                        continue
-                    seconds = entry.decode(repeated[first : first + batch_size], new_tokens)
-                    entry.seconds.setdefault(batch_size, []).append(seconds)
-            print(f"batch size {batch_size}: a round is done", file=sys.stderr)
+        chosen = prompts[:ALONE] if batch_size == 1 else prompts
+        batches = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
+        for turn, batch in enumerate(batches * -(-turns // len(batches))):
+            for entry in measured:
+                if batch_size == 1 and turn % entry.every:
+                    continue
+                seconds = entry.decode(batch, new_tokens)
+                entry.seconds.setdefault(batch_size, []).append(seconds)
+        print(f"batch size {batch_size} is done", file=sys.stderr)
         bandwidth.append(harness.measure_read_bandwidth())
     return bandwidth
 
@@ -152,6 +152,8 @@ def report(found: list[Entry], num_prompts: int, arguments: argparse.Namespace, 
             "",
             f"Tokens per second of all sequences, {new_tokens} new tokens per prompt, prefill included, {num_prompts} "
             f"prompts; medians over the turns ({turns} prompts), of every {_SLOW}th at batch size 1 for transformers. "
+            f"How prompts of a batch begin may be computed once for all of them; nothing is kept from one turn to the "
+            f"next. "
             f"{harness.describe_machine()}; {arguments.threads} threads. {versions}.",
             f"Read bandwidth {', '.join(f'{value / 1e9:.1f}' for value in bandwidths)} GB/s (before and after each "
             f"batch size). With the {bandwidth / 1e9:.1f} around batch size 1, one sweep over "
@@ -191,7 +193,7 @@ def main() -> None:
     parser.add_argument("--problems", type=Path, help='JSON lines with "question"; generated ones by default')
     parser.add_argument("--output", type=Path, default=Path("build/peers"), help="folder for models and results")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=3, help="of every engine with each batch size, at least")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     questions = QUESTIONS
@@ -202,7 +204,7 @@ def main() -> None:
     found = entries(files, arguments)
     for entry in found:
         entry.start()
-    bandwidth = measure(found, prompts, arguments.new_tokens, arguments.rounds)
+    bandwidth = measure(found, prompts, arguments.new_tokens, arguments.turns)
     for entry in found:
         entry.client.close()
     table = report(found, len(prompts), arguments, bandwidth)

@@ -23,11 +23,13 @@ class VllmWorker(Worker):
             dtype=options["dtype"],
             max_model_len=options["max_length"],
             max_num_seqs=options["max_batch_size"],
-            enable_prefix_caching=False,  # every engine computes every prompt
+            enable_prefix_caching=True,
             disable_log_stats=True,
         )
 
     def decode(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+        if not self._llm.reset_prefix_cache():  # nothing is kept from one turn to the next
+            raise RuntimeError("vLLM did not reset its prefix cache")
         sampling = self._vllm.SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
         outputs = self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
         return {"tokens": sum(len(output.outputs[0].token_ids) for output in outputs)}
