@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Shard
 from transformers import Trainer
 
 import llm2_fast
@@ -174,16 +178,15 @@ def test_bfloat16(tmp_path):
     assert actual.heldout.num_pairs == expected.heldout.num_pairs
 
 
-def test_two_processes_equal_one(tmp_path):
-    options = {"examples": 10, "batch_size": 12, "epochs": 3}  # ten examples fill no whole number of passes
-    script = f"import test_train_runs as t; t.train_both({str(tmp_path / 'two')!r}, **{options!r})"
+def start_two_processes(call):
+    """Two processes of one group, each of which imports this module as `t` and evaluates `call`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     environment = {**os.environ, **address, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", script],
+            [sys.executable, "-c", f"import test_train_runs as t; t.{call}"],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -191,10 +194,19 @@ def test_two_processes_equal_one(tmp_path):
         )
         for rank in range(2)
     ]
-    results = train_both(tmp_path / "one", **options)
+
+
+def join(processes):
     for process in processes:
         output, _ = process.communicate(timeout=100)
         assert process.returncode == 0, output
+
+
+def test_two_processes_equal_one(tmp_path):
+    options = {"examples": 10, "batch_size": 12, "epochs": 3}  # ten examples fill no whole number of passes
+    processes = start_two_processes(f"train_both({str(tmp_path / 'two')!r}, **{options!r})")
+    results = train_both(tmp_path / "one", **options)
+    join(processes)
     for kind, expected in results.items():
         one, two = tmp_path / "one" / kind, tmp_path / "two" / kind
         assert_same_weights(kind, two, one)
@@ -204,6 +216,68 @@ def test_two_processes_equal_one(tmp_path):
         assert record["results"]["num_pairs"] == expected.num_pairs
         assert record["results"]["heldout"]["num_pairs"] == expected.heldout.num_pairs
         assert record["results"]["heldout"]["verifier"] == pytest.approx(expected.heldout.verifier, abs=0.02)
+
+
+# AdamW, whose state resuming has to restore, with steps that differ as little as gradients do.
+SHARDED = {"adam_epsilon": 1e-2, "logging_steps": 1}
+SHARDED_RUNS = {"full": ("full", {}), "lora": ("lora", {}), "bfloat16": ("full", {"bf16": True})}
+
+
+def train_sharded(directory, **options):
+    """What `test_fsdp_equals_other_runs` does in two processes.
+
+    First a run without FSDP, then runs with it that are killed in their last pass and resumed.
+    """
+    directory = Path(directory)
+    train("full", directory / "replicated", bf16=True, **options, trainer_options=SHARDED)
+    initialize, training_step = PartialState.__init__, Trainer.training_step
+
+    def initialize_for_fsdp(self, *args, **kwargs):  # accelerate asks for GPUs; FSDP itself does not
+        initialize(self, *args, **kwargs)
+        if self.distributed_type is DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    def sharded_step(self, model, *args, **kwargs):
+        assert isinstance(model, FSDPModule)
+        assert all(parameter.placements == (Shard(0),) for parameter in model.parameters())
+        return training_step(self, model, *args, **kwargs)
+
+    PartialState.__init__, Trainer.training_step = initialize_for_fsdp, sharded_step
+    for name, (kind, more) in SHARDED_RUNS.items():
+        run = {**options, **more, "trainer_options": {**SHARDED, "fsdp": True}}
+        with pytest.MonkeyPatch.context() as patch:
+            kill_after(8, patch)  # in the last pass of a step: accelerate would go on accumulating in this process
+            with pytest.raises(Killed):
+                train(kind, directory / name, **run)
+        torch.distributed.barrier()  # both have failed before either begins again
+        train(kind, directory / name, resume=True, **run)
+
+
+@pytest.mark.slow
+def test_fsdp_equals_other_runs(tmp_path):
+    """A single process, and for bfloat16, which rounds by the shapes of a pass, two that share nothing."""
+    options = {"examples": 10, "batch_size": 12, "epochs": 3, "learning_rate": 0.02}  # steps of three passes
+    processes = start_two_processes(f"train_sharded({str(tmp_path)!r}, **{options!r})")
+    for kind in WEIGHTS:
+        train(kind, tmp_path / "one" / kind, **options, trainer_options=SHARDED)
+    join(processes)
+    decoding = {"beta": 5.0, "max_new_tokens": 12, "ignore_eos": True}
+    for name, expected in {"full": "one/full", "lora": "one/lora", "bfloat16": "replicated"}.items():
+        directories = actual, expected = tmp_path / name, tmp_path / expected
+        assert_same_weights(SHARDED_RUNS[name][0], actual, expected)
+        assert losses(actual) == pytest.approx(losses(expected), rel=1e-4)
+        assert sorted(path.name for path in (actual / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-3"]
+        engines = [llm2_fast.load(tiny.causal_lm("llama"), path, backend="reference") for path in directories]
+        first, second = (engine.generate([[5, 6]], **decoding)[0].samples[0] for engine in engines)
+        assert first.token_ids == second.token_ids
+
+
+def test_fsdp_is_for_gpus(tmp_path):
+    """accelerate would train without it and not say so."""
+    message = "trainer_options: expected fsdp only in processes .* on GPUs, got fsdp"
+    with pytest.raises(ArgumentError, match=message):
+        train("full", tmp_path / "run", trainer_options={"fsdp": True})
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_head_is_trained_in_one_process(monkeypatch):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from llm2_fast.errors import ArgumentError
 from llm2_fast.models.fingerprint import fingerprint
+from llm2_fast.train.attention import choose_attention
 from llm2_fast.train.classifier import make_classifier
 from llm2_fast.train.config import TrainingConfig
 from llm2_fast.train.examples import Example, Solution, System1View, plausible_pairs, read_solution
@@ -24,6 +27,7 @@ from llm2_fast.verifier import LoraVerifier, Verifier
 from llm2_fast.verifier.verifier import read_json, read_tensors
 
 _WARM_UP = 0.1
+_LOGGER = logging.getLogger(__name__)
 
 
 def training_arguments(
@@ -32,7 +36,8 @@ def training_arguments(
     """What Trainer is told. Joins the group of processes if there are several, each with its device.
 
     Raises:
-        ArgumentError: `options` names something that is decided elsewhere or unknown, or the batch does not divide.
+        ArgumentError: `options` names something that is decided elsewhere, unknown or without effect here, or the batch
+            does not divide.
     """
     ours: dict[str, Any] = {
         "output_dir": str(directory),
@@ -65,6 +70,9 @@ def training_arguments(
         arguments = TrainingArguments(**ours, **{**defaults, **options})
     except (TypeError, ValueError) as error:
         raise ArgumentError("trainer_options", "options of transformers.TrainingArguments", str(error)) from error
+    if arguments.fsdp and PartialState().distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        # accelerate would train without it and not say so.
+        raise ArgumentError("trainer_options", "fsdp only in processes that were launched together, on GPUs", "fsdp")
     per_pass = config.per_device_batch_size * arguments.world_size
     if config.batch_size % per_pass != 0:
         expected = f"a multiple of {per_pass}, which {arguments.world_size} process(es) compute in one pass"
@@ -89,7 +97,8 @@ def train_network(task: Task, run: Run, arguments: TrainingArguments) -> Trained
     config = task.config
     torch.manual_seed(config.seed)
     network = (task.init or task.base).model.base_model
-    classifier = make_classifier(network, config, lora=task.kind == "lora")
+    attention = choose_attention(network, arguments.device.type)
+    classifier = make_classifier(network, config, lora=task.kind == "lora", flex_attention=attention.flex)
     judged = config.plausible_only or any(solution.pairs is None for solution in task.train)
     train = _read(task, task.train) if judged else [Example.from_pairs(s.input_ids, s.pairs) for s in task.train]
     if config.plausible_only:
@@ -101,6 +110,8 @@ def train_network(task: Task, run: Run, arguments: TrainingArguments) -> Trained
         raise ArgumentError("batch_size", f"at least two steps with {len(train)} solutions", config.batch_size)
     if arguments.process_index == 0:
         run.begin()  # before Trainer makes the directory of checkpoints
+        expected = attention.flex or arguments.device.type != "cuda"
+        _LOGGER.log(logging.INFO if expected else logging.WARNING, "packed passes attend with %s", attention)
     trainer = _make_trainer(classifier, arguments, train)
     checkpoint = run.last_checkpoint()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -113,7 +124,7 @@ def train_network(task: Task, run: Run, arguments: TrainingArguments) -> Trained
         for line, example in zip(scores, heldout, strict=True)
     ]
     system1 = System1View.concatenate([example.system1 for example in heldout])
-    return Trained(_load_verifier(task, run), sum(map(len, train)), torch.cat(margins), system1, log)
+    return Trained(_load_verifier(task, run), sum(map(len, train)), torch.cat(margins), system1, log, str(attention))
 
 
 def _read(task: Task, solutions: list[Solution]) -> list[Example]:
@@ -141,8 +152,14 @@ def _make_trainer(classifier: PreTrainedModel, arguments: TrainingArguments, exa
     )
     if arguments.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
-    if trainer.is_fsdp_enabled:  # checkpoints are read as verifiers, so they are written whole
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    if trainer.is_fsdp_enabled:
+        plugin = trainer.accelerator.state.fsdp_plugin
+        plugin.set_state_dict_type("FULL_STATE_DICT")  # checkpoints are read as verifiers, so they are written whole
+        if arguments.bf16:  # autocast as without FSDP, whose own policy would round scores and gradients as well
+            plugin.mixed_precision_policy = None
+            trainer.autocast_smart_context_manager = partial(
+                torch.autocast, arguments.device.type, torch.bfloat16, cache_enabled=False
+            )
     return trainer
 
 

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from llm2_fast.errors import ArgumentError
 from llm2_fast.kernel_ops import pairwise_loss
-from llm2_fast.models.decoder import attention_windows, branch_masks
+from llm2_fast.train.attention import packed_masks
 from llm2_fast.train.examples import Example
 
 NO_PAIR = -100  # the label that transformers' Trainer does not count
@@ -69,19 +69,16 @@ class _ScoresOfRows:
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **unused: Any) -> SequenceClassifierOutput:
         """Scores, float32 [B, Q], as `logits`. PEFT passes further arguments, all of them None."""
-        width = input_ids.shape[1]
-        own = torch.eye(width, dtype=torch.bool, device=input_ids.device).expand(len(input_ids), width, width)
-        windows = attention_windows(self.config.get_text_config())
         hidden_states = self.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
-            attention_mask=branch_masks(position_ids, own, windows, self.dtype),
+            attention_mask=packed_masks(self.config.get_text_config(), position_ids, self.dtype),
             use_cache=False,
         ).last_hidden_state
         # In float32 as in decoding, also where bfloat16 autocast surrounds it.
         with torch.autocast(hidden_states.device.type, enabled=False):
             scores = self.score(hidden_states.to(next(self.score.parameters()).dtype))
-        return SequenceClassifierOutput(logits=scores.squeeze(-1))
+        return SequenceClassifierOutput(logits=scores.squeeze(-1).clone())  # FSDP warns of views
 
 
 def score_rows(classifier: PreTrainedModel) -> None:

@@ -71,6 +71,7 @@ class Trained:
         margin: float32 [num_heldout], score of the positive minus score of the negative.
         system1: Of the held-out pairs.
         log: Loss, learning rate and so on by step, as Trainer logs them; empty for a head.
+        attention: How packed passes attended, and why; None for a head, which has none.
     """
 
     verifier: Verifier
@@ -78,6 +79,7 @@ class Trained:
     margin: torch.Tensor
     system1: System1View
     log: list[dict[str, float]] = field(default_factory=list)
+    attention: str | None = None
 
 
 def require_pairs(train: Sized | None, heldout: Sized | None) -> None:

@@ -132,7 +132,7 @@ def train_verifier(
     result = _measure(trained)
     if run is not None and is_main:
         accuracies = {name: dataclasses.asdict(getattr(result, name)) for name in ("heldout", "heldout_plausible")}
-        run.finish({"num_pairs": result.num_pairs, **accuracies, "log": trained.log})
+        run.finish({"num_pairs": result.num_pairs, **accuracies, "attention": trained.attention, "log": trained.log})
     decisive = result.heldout_plausible if result.heldout_plausible.num_pairs else result.heldout
     if not decisive.beats_chance:
         message = f"right in {decisive.verifier:.1%} of {decisive.num_pairs} held-out pairs: no better than chance"
