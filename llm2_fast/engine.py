@@ -346,10 +346,12 @@ class Engine:
             return events
 
     def _make_room(self, schedule: Schedule, others: list[Schedule]) -> None:
-        """Preempt a sample of a call that goes after `schedule`, or let those that go before it take their turns.
+        """Free what others keep, preempt a sample of a call that goes after `schedule`, or let those before it go on.
 
         A call that may pause may do so for ever, so nobody waits for it. The earliest of the others waits for nobody.
         """
+        if any(other.free_kept() for other in reversed(others)):
+            return
         place = self._schedules.index(schedule)
         for other in reversed(others):
             later = self._schedules.index(other) > place

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2_fast.config import GenerationConfig
 from llm2_fast.detokenizer import Detokenizer
+from llm2_fast.prefix_index import prompt_key
 from llm2_fast.results import FinishReason, Generation, GenerationStats, Sample, StepOutput, StreamEvent
 from llm2_fast.sequence import Sequence
 
@@ -23,7 +24,8 @@ class Request:
         streamed: Text is wanted as it comes, not only at the end.
         stats: Over all samples.
         samples: `config.n` of them.
-        prefix: The prompt, for several samples to fork from; None if there is one sample.
+        prefix: The prompt, to be kept when no sample holds it but others are to be forked from it.
+        key: The prompt, for a `PrefixIndex`.
     """
 
     request_id: int
@@ -37,13 +39,13 @@ class Request:
 
     def __post_init__(self) -> None:
         self.samples = [Sampling(self, self._sequence(index)) for index in range(self.config.n)]
-        self.prefix = self._sequence(-1) if self.config.n > 1 else None
+        self.prefix = self._sequence(-1)
+        self.key = prompt_key(self.prompt_token_ids)
 
     @property
     def sequences(self) -> list[Sequence]:
         """All that may have slots."""
-        sequences = [sampling.sequence for sampling in self.samples]
-        return sequences if self.prefix is None else [*sequences, self.prefix]
+        return [*(sampling.sequence for sampling in self.samples), self.prefix]
 
     @property
     def finished(self) -> bool:
@@ -52,6 +54,11 @@ class Request:
 
     def _sequence(self, sample_index: int) -> Sequence:
         return Sequence(self.request_id, sample_index, self.config, self.prompt_token_ids, self.eos_token_ids)
+
+    def opened(self, num_shared: int) -> None:
+        """A sample was admitted, whose first `num_shared` tokens another prompt had computed."""
+        if self._decode_start is None:
+            self.stats.cached_prompt_tokens = num_shared
 
     def prefilled(self, seconds: float) -> None:
         """Keys and values of the prompt, or once more of a preempted sample, have been computed."""

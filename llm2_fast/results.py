@@ -92,6 +92,8 @@ class GenerationStats:
         candidate_histogram: Number of steps by number of candidates; empty without a verifier.
         cut_steps: Steps in which `max_candidates` dropped plausible tokens.
         verifier_rows: Token rows that the verifier computed: candidates, and tokens it caught up on.
+        cached_prompt_tokens: Prompt tokens that were not computed when the first sample was admitted, since another
+            prompt of the call begins with them and had them cached.
         preemptions: Times that a sample gave up its place in a full cache; what it had cached was computed again.
         prefill_seconds: From admission of the prompt until its keys and values were computed, and the same for samples
             admitted again.
@@ -104,6 +106,7 @@ class GenerationStats:
     candidate_histogram: Counter[int] = field(default_factory=Counter)
     cut_steps: int = 0
     verifier_rows: int = 0
+    cached_prompt_tokens: int = 0
     preemptions: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0

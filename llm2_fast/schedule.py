@@ -10,9 +10,9 @@ from contextlib import suppress
 
 from llm2_fast.backends.backend import Backend
 from llm2_fast.errors import CacheFullError
+from llm2_fast.prefixes import Prefixes
 from llm2_fast.request import Request, Sampling
 from llm2_fast.results import StepOutput, StreamEvent
-from llm2_fast.sequence import Sequence
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -23,6 +23,8 @@ class Schedule:
     Samples are ordered by request and sample index. Live ones always come before waiting ones: the first that waits is
     the next to be admitted, and the last that lives is the first to be preempted. A preempted sample keeps its tokens;
     when it is admitted again, its keys and values are computed from them, and it goes on as if nothing had happened.
+
+    What prompts begin with in common is computed once, see `Prefixes`.
 
     A step may begin before the tokens of the one before it are recorded, so that a device does not wait for the host.
     What it then computes for a sample that has ended meanwhile is dropped.
@@ -44,6 +46,9 @@ class Schedule:
         self._backend, self._requests, self._places = backend, requests, max_batch_size
         self._live: list[Sampling] = []
         self._waiting = deque(sampling for request in requests for sampling in request.samples)
+        self._prefixes = Prefixes(backend, max_kept=max_batch_size)
+        for sampling in self._waiting:
+            self._prefixes.wait(sampling)
         self._begun: tuple[list[Sampling], Callable[[], list[StepOutput]]] | None = None  # a step not recorded yet
 
     @property
@@ -74,31 +79,27 @@ class Schedule:
         except CacheFullError:
             raise
         except MemoryError:
-            if self._places == 1:
+            if self._places == 1 and not self._prefixes.max_kept:  # else what is kept may be too much
                 raise
             self._retreat()
             return []
         steps = zip(stepped, outputs, strict=True)
         events = [sampling.record(output) for sampling, output in steps if sampling in self._live]
-        for sampling in self._live:
-            if sampling.finished:
-                self._close(sampling)
-        self._live = [sampling for sampling in self._live if not sampling.finished]
+        self._close([sampling for sampling in self._live if sampling.finished])
         return events
 
+    def free_kept(self) -> bool:
+        """Free a prompt that is kept for samples that wait. Returns False if there is none."""
+        return self._prefixes.make_room()
+
     def make_room(self, *, keep: int) -> bool:
-        """Free a prompt that no live sample shares, else preempt the last live sample unless only `keep` are left.
+        """Free a prompt that is kept, else preempt the last live sample unless only `keep` are left.
 
         Returns:
             False if there was nothing to free.
         """
-        in_use = {sampling.request for sampling in self._live}
-        if keep and not self._live:
-            in_use.add(self._waiting[0].request)
-        for request in self._requests:
-            if request.prefix is not None and request.prefix.slot is not None and request not in in_use:
-                self._backend.free(request.prefix)
-                return True
+        if self.free_kept():
+            return True
         if len(self._live) <= keep:
             return False
         self._preempt()
@@ -109,54 +110,54 @@ class Schedule:
         self._begun = None
         while self._live:
             self._preempt()
+        self._prefixes.clear()
         for request in self._requests:
             for sequence in request.sequences:
                 self._backend.free(sequence)
 
     def _admit(self) -> None:
         """Give waiting samples slots, in order, and compute what these lack."""
-        new: list[Sampling] = []
+        num_live = len(self._live)
+        opened: list[Sampling] = []  # that have not been computed yet
         while self._waiting and len(self._live) < self._places:
+            sampling = self._waiting[0]
+            if self._prefixes.is_coming(sampling.request):
+                self._prefill(opened)
+                opened = []
             try:
-                self._open(self._waiting[0])
+                self._prefixes.open(sampling)
             except CacheFullError:
+                if self._prefixes.make_room(needed_by=sampling.request):
+                    continue
                 if self._live:
                     break
-                if not self.make_room(keep=1):
-                    raise
-                continue
-            new.append(self._waiting.popleft())
-            self._live.append(new[-1])
-        self._prefill([sampling.sequence for sampling in new], {sampling.request for sampling in new})
+                raise
+            opened.append(self._waiting.popleft())
+            self._live.append(sampling)
+        self._prefill(opened)
+        if len(self._live) > num_live:
+            self._prefixes.refresh(self._waiting[0].request if self._waiting else None)
 
-    def _open(self, sampling: Sampling) -> None:
-        """Give a sample a slot with room for its tokens; what it shares with others of its request is computed once."""
-        request, sequence = sampling.request, sampling.sequence
-        if request.prefix is not None:
-            if request.prefix.slot is None:
-                self._backend.reserve(request.prefix)
-                self._prefill([request.prefix], {request})
-            self._backend.fork(request.prefix, sequence)
-        try:
-            self._backend.reserve(sequence)
-        except CacheFullError:
-            self._backend.free(sequence)
-            raise
-
-    def _close(self, sampling: Sampling) -> None:
-        """Give back what a finished sample holds, the last of its request also what it shared."""
-        self._backend.free(sampling.sequence)
-        if sampling.request.prefix is not None and sampling.request.finished:
-            self._backend.free(sampling.request.prefix)
-
-    def _prefill(self, sequences: list[Sequence], requests: set[Request]) -> None:
-        if not sequences:
+    def _prefill(self, opened: list[Sampling]) -> None:
+        """Compute what newly admitted samples lack."""
+        if not opened:
             return
         start = time.perf_counter()
-        self._backend.prefill(sequences)
+        self._backend.prefill([sampling.sequence for sampling in opened])
         seconds = time.perf_counter() - start
-        for request in requests:
+        for request in {sampling.request for sampling in opened}:
             request.prefilled(seconds)
+        for sampling in opened:
+            self._prefixes.computed(sampling)
+
+    def _close(self, finished: list[Sampling]) -> None:
+        """Give back what finished samples hold."""
+        self._live = [sampling for sampling in self._live if sampling not in finished]
+        try:
+            for sampling in finished:
+                self._prefixes.close(sampling)
+        except MemoryError:  # while a prompt was to be kept
+            self._retreat()
 
     def _step(self) -> tuple[list[Sampling], list[StepOutput]]:
         """One token for every sample of a step, and the step after it has begun if it can."""
@@ -188,13 +189,14 @@ class Schedule:
 
     def _preempt(self) -> None:
         """Put the last live sample at the front of the queue."""
-        sampling = self._live[-1]
+        sampling = self._live.pop()
         self._backend.free(sampling.sequence)
-        self._waiting.appendleft(self._live.pop())
+        self._waiting.appendleft(sampling)
+        self._prefixes.wait(sampling)
         sampling.request.stats.preemptions += 1
 
     def _retreat(self) -> None:
         """Start again with half as many samples: what the interrupted computation left in the caches is unknown."""
-        self._places = max(1, len(self._live) // 2)
+        self._places, self._prefixes.max_kept = max(1, len(self._live) // 2), 0
         _LOGGER.warning("out of memory: going on with at most %d sequences at once", self._places)
         self.release()

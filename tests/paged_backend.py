@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NoReturn
 
-from llm2_fast.backends.backend import Backend
+from llm2_fast.backends.backend import Backend, check_fork
 from llm2_fast.cache.blocks import BlockTables
 from llm2_fast.errors import ArgumentError, CacheFullError
 from llm2_fast.results import StepOutput
@@ -49,6 +49,7 @@ class PagedBackend(Backend):
         self.prefilled = self.num_steps = 0
         self._storage: dict[tuple[int, int], int] = {}  # (block, offset) -> token
         self._lengths: dict[int, int] = {}
+        self._hidden: dict[int, int] = {}  # slot -> the token whose hidden state is there
 
     def check_fits(self, num_tokens: int, name: str) -> None:
         if -(-num_tokens // self.tables.block_size) + 1 > self.tables.capacity:
@@ -74,12 +75,15 @@ class PagedBackend(Backend):
         self._write(sequences)
 
     def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
-        assert length is None
-        length = self._lengths[parent.slot]
-        assert length == len(parent), "forked before it was computed"
-        assert child.tokens_from(0)[:length] == parent.tokens_from(0)
+        whole = length is None
+        check_fork(child, length)
+        length = len(parent) if whole else length
+        assert length <= self._lengths[parent.slot], "forked before it was computed"
+        assert child.tokens_from(0)[:length] == parent.tokens_from(0)[:length]
         child.slot, copied = self.tables.fork(parent.slot, length)
         self._lengths[child.slot] = length
+        if whole:
+            self._hidden[child.slot] = self._hidden.get(parent.slot)
         if copied is not None:
             for offset in range(self.tables.block_size):
                 self._storage[copied[1], offset] = self._storage.get((copied[0], offset), -1)
@@ -88,6 +92,7 @@ class PagedBackend(Backend):
         if sequence.slot is not None:
             self.tables.free(sequence.slot)
             del self._lengths[sequence.slot]
+            self._hidden.pop(sequence.slot, None)
             sequence.slot = None
 
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
@@ -112,10 +117,12 @@ class PagedBackend(Backend):
         self.fail()
         for sequence, position in missing:
             self._storage[self._place(sequence, position)] = sequence.tokens_from(position)[0]
+            self._hidden[sequence.slot] = position
 
     def _choose(self, sequence: Sequence) -> StepOutput:
         cached = [self._storage[self._place(sequence, position)] for position in range(len(sequence))]
         assert cached == sequence.tokens_from(0)
+        assert self._hidden[sequence.slot] == len(sequence) - 1, "stepped from another token's hidden state"
         return StepOutput(next_token(cached, sequence.request_id, sequence.sample_index), -1.0, num_candidates=1)
 
     def _place(self, sequence: Sequence, position: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # pair is listed in SEPARATE, from its own. `__init__` is the package's own file: the public names.
 LAYERS = (
     ("errors", "files", "version"),
-    ("config", "results", "rng", "sequence"),
+    ("config", "prefix_index", "results", "rng", "sequence"),
     ("answers", "datacheck", "detokenizer", "problems", "prompts", "request", "store", "supervision"),
     ("reference",),
     ("kernels",),
@@ -26,6 +26,7 @@ LAYERS = (
     ("models",),
     ("verifier",),
     ("backends",),
+    ("prefixes",),
     ("schedule",),
     ("engine", "train"),
     ("evaluation", "exploration", "integrations"),
@@ -37,7 +38,7 @@ TRAIN_USERS = {"train", "__init__", "cli", "__main__"}
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 
 # Bookkeeping that must not pay for importing torch, nor depend on it through another module.
-TORCH_FREE = ("errors", "version", "config", "results", "sequence", "cache.blocks", "train.config")
+TORCH_FREE = ("errors", "version", "config", "results", "sequence", "prefix_index", "cache.blocks", "train.config")
 
 
 class Import(NamedTuple):

@@ -12,12 +12,23 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import tiny
-from llm2_fast import ArgumentError, Engine, GenerationConfig
+from llm2_fast import ArgumentError, Engine, GenerationConfig, prefixes
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.schedule import Schedule
 from paged_backend import VOCAB, AheadBackend, PagedBackend, continuation
 
-PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)
+HEADERS = [[7 * i % VOCAB for i in range(8)], [7, 14, 21, 5, 5, 5, 5, 5]]
+OWN = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=4)
+SHARING = st.builds(lambda header, length, own: header[:length] + own, st.sampled_from(HEADERS), st.integers(1, 8), OWN)
+PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12) | SHARING
+
+
+@pytest.fixture(autouse=True, scope="module")
+def share_little():
+    """So that short prompts do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefixes, "MIN_SHARED_TOKENS", 2)
+        yield
 
 
 @functools.cache
@@ -164,7 +175,7 @@ def test_a_finished_prompt_is_given_back(make_engine):
     engine = make_engine(4, 1000, max_batch_size=2)
     prompts = [[index] for index in range(20)]
     assert_right(engine.generate(prompts, config(n=2, max_new_tokens=3)), prompts, 2, 3)
-    assert engine._backend.tables.num_slots == 3  # two samples and what they share
+    assert engine._backend.tables.num_slots == 2  # one sample and another that shares its prompt
 
 
 def test_what_can_never_fit_is_refused_before_any_work(make_engine):

@@ -48,8 +48,8 @@ class Backend(ABC):
             parent: Has a slot.
             child: A sequence whose tokens begin with those of `parent` or, with `length`, one that has the first
                 `length` tokens in common.
-            length: Share only this many tokens, fewer than `child` has; the next step computes the rest. Not with a
-                verifier.
+            length: Share only this many tokens, which `parent` has computed, fewer than `child` has. `prefill` computes
+                the rest or, without a verifier, the next step.
         """
 
     @abstractmethod
@@ -81,9 +81,7 @@ class Backend(ABC):
         """Give the sequence's slot back. Does nothing if it has none."""
 
 
-def check_fork(child: Sequence, length: int | None, *, verified: bool) -> None:
+def check_fork(child: Sequence, length: int | None) -> None:
     """Raise `ArgumentError` unless a child may be forked at `length`."""
-    if length is not None and verified:
-        raise ArgumentError("length", "None, since there is a verifier", length)
     if length is not None and not 0 <= length < len(child):
         raise ArgumentError("length", f"fewer tokens than the {len(child)} of the child", length)

@@ -33,7 +33,6 @@ class CompiledBackend(Backend):
         kv_cache_memory_bytes: int | None,
         cached: list[DecoderSpec] | None = None,
     ) -> None:
-        self._verified = verifier is not None
         self._budget = CacheBudget(cached or cached_specs(model, verifier), kv_cache_memory_bytes)
         configs = [source.config.get_text_config() for source in compiled_sources(model, verifier)]
         self.vocab_size = min(config.vocab_size for config in configs)
@@ -55,10 +54,10 @@ class CompiledBackend(Backend):
             raise
 
     def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
-        check_fork(child, length, verified=self._verified)
+        check_fork(child, length)
         child.slot = self._llm.fork(parent.slot, length)
         try:
-            self._plan.fork(parent, child)
+            self._plan.fork(parent, child, length)
         except CacheFullError:
             self.free(child)
             raise

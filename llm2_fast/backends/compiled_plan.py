@@ -30,9 +30,13 @@ class Twins:
         """Give a slot of the LLM an empty twin. Raises `CacheFullError`."""
         self._slots[slot] = self._decoder.allocate(**self._options)
 
-    def fork(self, parent: int, child: int) -> None:
-        """Give `child` a twin that shares what the parent's has. Raises `CacheFullError`."""
-        self._slots[child] = self._decoder.fork(self._slots[parent])
+    def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
+        """Give `child` a twin that shares all that the parent's has, or `length` tokens. Raises `CacheFullError`.
+
+        What the parent's twin lacks of them is computed first: once for all forks.
+        """
+        self.catch_up([parent], length)
+        self._slots[child.slot] = self._decoder.fork(self._slots[parent.slot], length)
 
     def reserve(self, slot: int, length: int) -> None:
         """Make room for `length` positions. Raises `CacheFullError`."""
@@ -47,13 +51,14 @@ class Twins:
         """Committed positions of the twin."""
         return self._decoder.lengths[self._slots[slot]]
 
-    def skipped(self, sequence: Sequence) -> list[int]:
-        """Tokens that the twin lacks, of those that the sequence has."""
-        return sequence.tokens_from(self.length(sequence.slot))
+    def skipped(self, sequence: Sequence, length: int | None = None) -> list[int]:
+        """Tokens that the twin lacks, of those that the sequence has, or of its first `length`."""
+        cached = self.length(sequence.slot)
+        return sequence.tokens_from(cached)[: None if length is None else max(0, length - cached)]
 
-    def catch_up(self, sequences: list[Sequence]) -> None:
-        """Compute what the twins lack."""
-        missing = [(self._slots[s.slot], tokens) for s in sequences if (tokens := self.skipped(s))]
+    def catch_up(self, sequences: list[Sequence], length: int | None = None) -> None:
+        """Compute what the twins lack, or what they lack of the first `length` tokens."""
+        missing = [(self._slots[s.slot], tokens) for s in sequences if (tokens := self.skipped(s, length))]
         if missing:
             self._decoder.extend(*zip(*missing, strict=True))
 
@@ -77,11 +82,10 @@ class CompiledPlan:
         if self._twins is not None:
             self._twins.reserve(sequence.slot, length)
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """A slot was forked: the child's tokens begin with the parent's. Raises `CacheFullError`."""
+    def fork(self, parent: Sequence, child: Sequence, length: int | None) -> None:
+        """A slot was forked, see `Backend.fork`. Raises `CacheFullError`."""
         if self._twins is not None:
-            self._twins.catch_up([parent])  # once for all forks
-            self._twins.fork(parent.slot, child.slot)
+            self._twins.fork(parent, child, length)
 
     def free(self, slot: int) -> None:
         """A slot is about to be given back; it may not have been added yet."""

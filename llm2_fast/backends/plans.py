@@ -43,8 +43,8 @@ class Plan(ABC):
     def add(self, sequence: Sequence) -> None:
         """A sequence was given a slot."""
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """A slot was forked: the child's tokens begin with the parent's."""
+    def fork(self, parent: Sequence, child: Sequence, length: int | None) -> None:
+        """A slot was forked, see `Backend.fork`."""
 
     def free(self, slot: int) -> None:
         """A slot is about to be given back; it may not have been added yet."""
@@ -138,11 +138,12 @@ class LazyPlan(Plan):
     def add(self, sequence: Sequence) -> None:
         self._slots[sequence.slot] = self.session.add(sequence.tokens_from(0))
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        slot = self._slots[parent.slot]
+    def fork(self, parent: Sequence, child: Sequence, length: int | None) -> None:
+        slot, length = self._slots[parent.slot], len(parent) if length is None else length
         self.session.compute([slot])  # once for all forks
-        self._slots[child.slot] = self.session.fork(slot)
-        self.session.extend(self._slots[child.slot], child.tokens_from(len(parent)))
+        self._slots[child.slot] = forked = self.session.fork(slot)
+        self.session.rollback(forked, length)
+        self.session.extend(forked, child.tokens_from(length))
 
     def free(self, slot: int) -> None:
         if slot in self._slots:

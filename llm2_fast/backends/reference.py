@@ -7,7 +7,7 @@ import torch
 from llm2_fast.backends.backend import Backend, check_fork
 from llm2_fast.backends.options import pick_options, seen_tokens
 from llm2_fast.backends.outputs import step_outputs
-from llm2_fast.backends.plans import PlainPlan, make_plan
+from llm2_fast.backends.plans import make_plan
 from llm2_fast.cache.slots import SlotCache
 from llm2_fast.errors import ArgumentError
 from llm2_fast.models.decoder import LanguageModel, Rows
@@ -55,10 +55,11 @@ class ReferenceBackend(Backend):
         self._advance(sequences)
 
     def fork(self, parent: Sequence, child: Sequence, length: int | None = None) -> None:
-        check_fork(child, length, verified=not isinstance(self._plan, PlainPlan))
+        check_fork(child, length)
         child.slot = self._cache.fork(parent.slot, length)
-        self._hidden[child.slot] = self._hidden[parent.slot]
-        self._plan.fork(parent, child)
+        if length is None:
+            self._hidden[child.slot] = self._hidden[parent.slot]
+        self._plan.fork(parent, child, length)
 
     def free(self, sequence: Sequence) -> None:
         slot, sequence.slot = sequence.slot, None
