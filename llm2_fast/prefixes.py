@@ -32,9 +32,9 @@ class Source(NamedTuple):
     def shares(self, common: int, request: Request) -> int:
         """Tokens that a sample of `request` can share, whose prompt has the first `common` in common."""
         shared = min(common, self.length)
-        # A step begins with the hidden state of the last token, which is there if nothing came after it.
-        needs_last = shared == len(request.prompt_token_ids) and shared < len(self.sequence)
-        return shared - needs_last
+        if shared == len(request.prompt_token_ids) and shared < len(self.sequence):
+            shared -= 1  # the hidden state of the last token is needed, and is gone
+        return shared
 
 
 class Prefixes:
@@ -150,7 +150,7 @@ class Prefixes:
     def _uses(self, source: Source) -> Iterator[tuple[int, int]]:
         """For waiting prompts nearest to that of `source`: tokens they can share with it, and with the best there is.
 
-        Whatever others can share, they can share with it or with what these share.
+        Prompts farther away than these have no more in common with `source` than with what these share.
         """
         for common, samplings in self._waiting.nearest(source.request.key):
             request = next(iter(samplings)).request

@@ -91,7 +91,8 @@ class GenerationStats:
         interventions: Steps whose token System 1 alone would not have chosen.
         candidate_histogram: Number of steps by number of candidates; empty without a verifier.
         cut_steps: Steps in which `max_candidates` dropped plausible tokens.
-        verifier_rows: Token rows that the verifier computed: candidates, and tokens it caught up on.
+        verifier_rows: Token rows that the verifier computed: candidates, and tokens it caught up on, but for those of
+            prompts that it computed for several samples to share.
         cached_prompt_tokens: Prompt tokens that were not computed when the first sample was admitted, since another
             prompt of the call begins with them and had them cached.
         preemptions: Times that a sample gave up its place in a full cache; what it had cached was computed again.

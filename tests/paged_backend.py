@@ -34,7 +34,7 @@ class PagedBackend(Backend):
     """Blocks of `block_size` positions, `capacity` of them.
 
     Attributes:
-        fail: Called before every step and prefill; what it raises leaves the cache half written.
+        fail: Called by every step, prefill and fork; what it raises leaves the cache half written.
         prefilled: Tokens computed other than by steps.
         num_steps: Calls of `step`.
     """
@@ -82,6 +82,7 @@ class PagedBackend(Backend):
         assert child.tokens_from(0)[:length] == parent.tokens_from(0)[:length]
         child.slot, copied = self.tables.fork(parent.slot, length)
         self._lengths[child.slot] = length
+        self.fail()
         if whole:
             self._hidden[child.slot] = self._hidden.get(parent.slot)
         if copied is not None:

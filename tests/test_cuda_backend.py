@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import llm2_fast
 import tiny
-from llm2_fast import ArgumentError, GenerationConfig
+from llm2_fast import ArgumentError, GenerationConfig, prefixes
 from llm2_fast.backends import cache_budget, cached_decoder, cuda_decoder
 from llm2_fast.backends.report import Report
 from llm2_fast.models.fingerprint import fingerprint
@@ -174,6 +174,20 @@ def test_preempted_samples_go_on_as_if_nothing_had_happened(kind, monkeypatch):
     little = load(model, verifier, memory=memory).generate(prompts, options)
     assert everything(little) == everything(plenty)
     assert sum(r.stats.preemptions for r in little) > 0 == sum(r.stats.preemptions for r in plenty)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])  # with caches of their own beside the LLM's
+def test_prompts_that_begin_alike_have_the_bits_of_each_alone(kind, monkeypatch):
+    for module in (cached_decoder, cache_budget, cuda_decoder):
+        monkeypatch.setattr(module, "BLOCK_SIZE", 4)
+    monkeypatch.setattr(prefixes, "MIN_SHARED_TOKENS", 4)
+    model, verifier = make("llama", kind, num_hidden_layers=1)
+    engine, options = load(model, verifier, kind), config(max_candidates=2, max_new_tokens=2)
+    prompts = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 9, 3], [5, 6, 7, 8, 2]]
+    results = engine.generate(prompts, options)
+    assert [result.stats.cached_prompt_tokens for result in results] == [0, 5, 4]
+    alone = [engine.generate([prompts[i]], options, request_ids=[i])[0] for i in (1, 2)]
+    assert everything(results[1:]) == everything(alone)
 
 
 @pytest.mark.parametrize("kind", [None, "full"])

@@ -207,11 +207,25 @@ def test_what_is_kept_goes_when_memory_runs_out(caplog):
     calls = iter(range(100))
 
     def fail():
-        if next(calls) == 4:  # the second prompt's
+        if next(calls) == 6:  # the pass over what the second prompt lacks
             raise MemoryError
 
     engine._backend.fail = fail
     assert generate(engine, [[*HEADER, i] for i in range(4)]) == [0, 0, 0, 0]
+    assert "going on with at most 1 sequences at once" in caplog.text
+
+
+def test_memory_may_run_out_while_a_prompt_is_kept(caplog):
+    engine = paged(max_batch_size=2)
+    prompts = [[*header, i] for i in range(2) for header in (HEADER, OTHER[18:])]
+    calls = iter(range(100))
+
+    def fail():
+        if next(calls) == 2:  # after a pass over two prompts and a step that ended both
+            raise MemoryError
+
+    engine._backend.fail = fail
+    assert generate(engine, prompts, max_new_tokens=1) == [0, 0, 0, 0]
     assert "going on with at most 1 sequences at once" in caplog.text
 
 
