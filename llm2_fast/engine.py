@@ -258,7 +258,7 @@ class Engine:
             ArgumentError: A prompt or an option is unusable; nothing has been computed then.
         """
         requests = self._make_requests(prompts, _merge_config(config, overrides), request_ids)
-        for _ in self._decode(Schedule(self._backend, requests, self.max_batch_size)):
+        for _ in self._decode(self._schedule(requests)):
             pass
         return [request.generation for request in requests]
 
@@ -280,7 +280,7 @@ class Engine:
         if (count := len(as_prompt_list(prompt))) != 1:
             raise ArgumentError("prompt", "one prompt", f"{count} prompts")
         requests = self._make_requests(prompt, _merge_config(config, overrides), [request_id], streamed=True)
-        return self._decode(Schedule(self._backend, requests, self.max_batch_size, may_pause=True))
+        return self._decode(self._schedule(requests, may_pause=True))
 
     def _make_requests(
         self,
@@ -312,6 +312,9 @@ class Engine:
             eos_token_ids = () if config.ignore_eos else self._eos_token_ids
             requests.append(Request(request_id, token_ids, config, eos_token_ids, self.tokenizer, streamed))
         return requests
+
+    def _schedule(self, requests: list[Request], *, may_pause: bool = False) -> Schedule:
+        return Schedule(self._backend, requests, self.max_batch_size, others=self._schedules, may_pause=may_pause)
 
     def _decode(self, schedule: Schedule) -> Iterator[StreamEvent]:
         """The loop of a call: take a turn, hand out its events."""
@@ -346,12 +349,10 @@ class Engine:
             return events
 
     def _make_room(self, schedule: Schedule, others: list[Schedule]) -> None:
-        """Free what others keep, preempt a sample of a call that goes after `schedule`, or let those before it go on.
+        """Preempt a sample of a call that goes after `schedule`, or let those that go before it take their turns.
 
         A call that may pause may do so for ever, so nobody waits for it. The earliest of the others waits for nobody.
         """
-        if any(other.free_kept() for other in reversed(others)):
-            return
         place = self._schedules.index(schedule)
         for other in reversed(others):
             later = self._schedules.index(other) > place

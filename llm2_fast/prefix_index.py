@@ -18,6 +18,11 @@ def prompt_key(token_ids: list[int]) -> bytes:
     return array(_TYPE, token_ids).tobytes()
 
 
+def beginning(key: bytes, length: int) -> bytes:
+    """The key of the first `length` tokens."""
+    return key[: length * _SIZE]
+
+
 def common_length(one: bytes, other: bytes) -> int:
     """Tokens that two prompts, given by their keys, begin with in common."""
     low, high = 0, min(len(one), len(other)) // _SIZE

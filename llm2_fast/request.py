@@ -24,7 +24,6 @@ class Request:
         streamed: Text is wanted as it comes, not only at the end.
         stats: Over all samples.
         samples: `config.n` of them.
-        prefix: The prompt, to be kept when no sample holds it but others are to be forked from it.
         key: The prompt, for a `PrefixIndex`.
     """
 
@@ -39,25 +38,14 @@ class Request:
 
     def __post_init__(self) -> None:
         self.samples = [Sampling(self, self._sequence(index)) for index in range(self.config.n)]
-        self.prefix = self._sequence(-1)
         self.key = prompt_key(self.prompt_token_ids)
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        """All that may have slots."""
-        return [*(sampling.sequence for sampling in self.samples), self.prefix]
-
-    @property
-    def finished(self) -> bool:
-        """All samples have their last token."""
-        return all(sampling.finished for sampling in self.samples)
 
     def _sequence(self, sample_index: int) -> Sequence:
         return Sequence(self.request_id, sample_index, self.config, self.prompt_token_ids, self.eos_token_ids)
 
     def opened(self, num_shared: int) -> None:
-        """A sample was admitted, whose first `num_shared` tokens another prompt had computed."""
-        if self._decode_start is None:
+        """A sample was admitted, whose first `num_shared` tokens had been computed."""
+        if self._decode_start is None:  # by another prompt, as this one has computed nothing yet
             self.stats.cached_prompt_tokens = num_shared
 
     def prefilled(self, seconds: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from llm2_fast.backends.backend import Backend
@@ -36,14 +36,21 @@ class Schedule:
         backend: Runs the models. Calls that share it take turns.
         requests: The prompts.
         max_batch_size: Samples decoded together.
+        others: Schedules over the same backend, which come and go. What they keep goes before anybody here waits.
         may_pause: The caller may do anything between two turns.
     """
 
     def __init__(
-        self, backend: Backend, requests: list[Request], max_batch_size: int, *, may_pause: bool = False
+        self,
+        backend: Backend,
+        requests: list[Request],
+        max_batch_size: int,
+        *,
+        others: Collection[Schedule] = (),
+        may_pause: bool = False,
     ) -> None:
         self.may_pause = may_pause
-        self._backend, self._requests, self._places = backend, requests, max_batch_size
+        self._backend, self._requests, self._others, self._places = backend, requests, others, max_batch_size
         self._live: list[Sampling] = []
         self._waiting = deque(sampling for request in requests for sampling in request.samples)
         self._prefixes = Prefixes(backend, max_kept=max_batch_size)
@@ -58,8 +65,8 @@ class Schedule:
 
     @property
     def holds_slots(self) -> bool:
-        """Something could make room."""
-        return any(sequence.slot is not None for request in self._requests for sequence in request.sequences)
+        """Something could make room, beside what is kept."""
+        return bool(self._live)
 
     def take_turn(self) -> list[StreamEvent]:
         """Admit, step, record, free.
@@ -81,16 +88,12 @@ class Schedule:
         except MemoryError:
             if self._places == 1 and not self._prefixes.max_kept:  # else what is kept may be too much
                 raise
-            self._retreat()
+            self._retreat(len(self._live) // 2)
             return []
         steps = zip(stepped, outputs, strict=True)
         events = [sampling.record(output) for sampling, output in steps if sampling in self._live]
-        self._close([sampling for sampling in self._live if sampling.finished])
+        self._close()
         return events
-
-    def free_kept(self) -> bool:
-        """Free a prompt that is kept for samples that wait. Returns False if there is none."""
-        return self._prefixes.make_room()
 
     def make_room(self, *, keep: int) -> bool:
         """Free a prompt that is kept, else preempt the last live sample unless only `keep` are left.
@@ -98,7 +101,7 @@ class Schedule:
         Returns:
             False if there was nothing to free.
         """
-        if self.free_kept():
+        if self._free_kept():
             return True
         if len(self._live) <= keep:
             return False
@@ -112,8 +115,8 @@ class Schedule:
             self._preempt()
         self._prefixes.clear()
         for request in self._requests:
-            for sequence in request.sequences:
-                self._backend.free(sequence)
+            for sampling in request.samples:
+                self._backend.free(sampling.sequence)
 
     def _admit(self) -> None:
         """Give waiting samples slots, in order, and compute what these lack."""
@@ -127,7 +130,7 @@ class Schedule:
             try:
                 self._prefixes.open(sampling)
             except CacheFullError:
-                if self._prefixes.make_room(needed_by=sampling.request):
+                if self._free_kept(needed_by=sampling.request):
                     continue
                 if self._live:
                     break
@@ -150,14 +153,19 @@ class Schedule:
         for sampling in opened:
             self._prefixes.computed(sampling)
 
-    def _close(self, finished: list[Sampling]) -> None:
+    def _close(self) -> None:
         """Give back what finished samples hold."""
-        self._live = [sampling for sampling in self._live if sampling not in finished]
+        finished = [sampling for sampling in self._live if sampling.finished]
+        self._live = [sampling for sampling in self._live if not sampling.finished]
         try:
             for sampling in finished:
                 self._prefixes.close(sampling)
         except MemoryError:  # while a prompt was to be kept
-            self._retreat()
+            self._retreat(self._places)
+
+    def _free_kept(self, needed_by: Request | None = None) -> bool:
+        """Free a prompt that is kept, see `Prefixes.make_room`, here or by others. Returns False if there is none."""
+        return self._prefixes.make_room(needed_by) or any(other._prefixes.make_room() for other in self._others)
 
     def _step(self) -> tuple[list[Sampling], list[StepOutput]]:
         """One token for every sample of a step, and the step after it has begun if it can."""
@@ -195,8 +203,8 @@ class Schedule:
         self._prefixes.wait(sampling)
         sampling.request.stats.preemptions += 1
 
-    def _retreat(self) -> None:
-        """Start again with half as many samples: what the interrupted computation left in the caches is unknown."""
-        self._places, self._prefixes.max_kept = max(1, len(self._live) // 2), 0
+    def _retreat(self, places: int) -> None:
+        """Start again, keeping nothing: what the interrupted computation left in the caches is unknown."""
+        self._places, self._prefixes.max_kept = max(1, places), 0
         _LOGGER.warning("out of memory: going on with at most %d sequences at once", self._places)
         self.release()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import llm2_fast
 import tiny
-from llm2_fast import Engine, GenerationConfig, ops, prefix_index
+from llm2_fast import Engine, GenerationConfig, ops, prefix_index, prefixes
 from llm2_fast.backends.cached_decoder import CachedDecoder, block_bytes
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.models.spec import DecoderSpec
@@ -145,6 +145,18 @@ def test_a_prompt_that_nobody_waits_for_is_given_back():
     assert slots == [1, 1, 1, 0, 1, 1, 1, 0]
 
 
+def test_little_is_not_kept(monkeypatch):
+    """While others are decoded that have almost as much in common with those that wait."""
+    forked, fork = [], PagedBackend.fork
+    monkeypatch.setattr(PagedBackend, "fork", lambda self, *args: forked.append(args[1]) or fork(self, *args))
+    engine, requests = paged(max_batch_size=3), []
+    for index in range(20):
+        config = GenerationConfig(max_new_tokens=(3, 4, 5)[index] if index < 3 else 3, ignore_eos=True)
+        requests += engine._make_requests([[*HEADER, index % 5, index]], config, [index])
+    list(engine._decode(Schedule(engine._backend, requests, 3)))
+    assert forked == [request.samples[0].sequence for request in requests[1:]]
+
+
 GROUPED = st.lists(
     st.builds(
         lambda header, length, own: header[:length] + own,
@@ -187,14 +199,31 @@ def test_a_kept_prompt_makes_room_for_another_call():
     engine = paged(block_size=1, capacity=70, max_batch_size=1)
     config = GenerationConfig(max_new_tokens=2, ignore_eos=True)
     requests = engine._make_requests([[*HEADER, 1], [1, 2], [*HEADER, 2]], config, None)
+    schedule = Schedule(engine._backend, requests, 1)
+    earlier = engine._decode(schedule)
+    for _ in range(3):
+        next(earlier)
+    assert schedule._prefixes._kept
+    assert generate_tokens(engine, OTHER) == continuation(OTHER, 0, 0, 3)
+    assert not schedule._prefixes._kept
+    list(earlier)
+    assert [request.stats.cached_prompt_tokens for request in requests] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("capacity", range(50, 75, 3))
+def test_no_call_waits_for_what_another_keeps(capacity, monkeypatch):
+    engine, batches = paged(block_size=1, capacity=capacity, max_batch_size=2), []
+    config = GenerationConfig(max_new_tokens=2, ignore_eos=True)
+    requests = engine._make_requests([[*HEADER, 1], [1, 2], [*HEADER, 2]], config, None)
     earlier = engine._decode(Schedule(engine._backend, requests, 1))
     for _ in range(3):
         next(earlier)
-    assert requests[0].prefix.slot is not None
-    assert generate_tokens(engine, OTHER) == continuation(OTHER, 0, 0, 3)
-    assert requests[0].prefix.slot is None
+    step = functools.partial(PagedBackend.step, engine._backend)
+    monkeypatch.setattr(engine._backend, "step", lambda group: (step(group), batches.append(len(group)))[0])
+    results = engine.generate([[3] * 10, [4] * 10], GenerationConfig(max_new_tokens=3, ignore_eos=True))
+    assert batches == [2, 2, 2]
+    assert [result.stats.preemptions for result in results] == [0, 0]
     list(earlier)
-    assert [request.stats.cached_prompt_tokens for request in requests] == [0, 0, 0]
 
 
 def generate_tokens(engine, prompt):
@@ -226,7 +255,7 @@ def test_memory_may_run_out_while_a_prompt_is_kept(caplog):
 
     engine._backend.fail = fail
     assert generate(engine, prompts, max_new_tokens=1) == [0, 0, 0, 0]
-    assert "going on with at most 1 sequences at once" in caplog.text
+    assert "going on with at most 2 sequences at once" in caplog.text  # those that were being decoded fit
 
 
 def test_thousands_of_waiting_prompts_do_not_slow_admission(monkeypatch):
@@ -241,6 +270,18 @@ def test_thousands_of_waiting_prompts_do_not_slow_admission(monkeypatch):
 
     few, many = comparisons(100), comparisons(3000)
     assert many < 1.5 * few < 100
+
+
+def test_many_samples_of_a_prompt_do_not_slow_admission(monkeypatch):
+    calls, shared = [], prefixes._shared
+    monkeypatch.setattr(prefixes, "_shared", lambda *args: calls.append(1) or shared(*args))
+
+    def looks(n):
+        calls.clear()
+        generate(paged(block_size=16, capacity=5000, max_batch_size=n), [HEADER], n, max_new_tokens=1)
+        return len(calls) / n
+
+    assert looks(500) < looks(50) + 1
 
 
 # --- Models and verifiers ------------------------------------------------------------------------------------------

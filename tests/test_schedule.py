@@ -293,11 +293,11 @@ def test_a_later_call_waits_until_an_earlier_one_has_room_to_spare(make_engine):
     next(earlier)
     with ThreadPoolExecutor(1) as threads:
         later = threads.submit(engine.generate, [[3] * 5], config(max_new_tokens=3))
-        while not requests[0].finished:
+        while not requests[0].samples[0].finished:
             assert not later.done()
             next(earlier)
         assert_right(later.result(60), [[3] * 5], 1, 3)  # while the earlier call is under way
-    assert not requests[1].finished
+    assert not requests[1].samples[0].finished
     list(earlier)
     assert_right([request.generation for request in requests], prompts, 1, 4)
     assert requests[0].stats.preemptions == 0
