@@ -213,6 +213,26 @@ def test_steps_begin_before_the_last_tokens_are_known(kind, monkeypatch):
     assert other == full_length[1]
 
 
+@pytest.mark.parametrize("kind", [None, "full"])
+def test_a_prompt_is_kept_when_its_sample_ends_behind_a_step_under_way(kind, monkeypatch):
+    for module in (cached_decoder, cache_budget, cuda_decoder):
+        monkeypatch.setattr(module, "BLOCK_SIZE", 4)
+    monkeypatch.setattr(prefixes, "MIN_SHARED_TOKENS", 4)
+    model, verifier = make("llama", kind, num_hidden_layers=1)
+    engine, options = load(model, verifier, kind), config(max_candidates=2, max_new_tokens=4)
+    prompts = [PROMPTS[0], [3], [*PROMPTS[0][:5], 2]]
+    alone = [everything(engine.generate([prompt], options, request_ids=[i])) for i, prompt in enumerate(prompts)]
+    first, second = (alone[index][0][0] for index in (0, 1))
+    assert first[1] not in [first[0], *second]
+    monkeypatch.setattr(engine, "_eos_token_ids", (first[1],))
+    results = engine.generate(prompts, options.merge(ignore_eos=False))
+    assert [result.stats.cached_prompt_tokens for result in results] == [0, 0, 5]
+    ended, *others = everything(results)
+    assert ended == tuple(values[:2] for values in alone[0][0])
+    assert others[0] == alone[1][0]
+    assert all(a == b[: len(a)] for a, b in zip(others[1], alone[2][0], strict=True))
+
+
 def test_reports_outlive_two_more_transfers():
     report = Report({"token": (torch.int32, (2,)), "cut": (torch.bool, (1,))}, torch.device("cpu"))
     receipts = []
