@@ -102,6 +102,7 @@ struct Decoder::Workspace {
   std::vector<uint8_t> has_own;  // [rows], all true
   std::vector<AlignedBuffer> scratch;        // per thread
   std::vector<AlignedBuffer> few_normed;     // per thread, [kFewRows, hidden_size]
+  std::vector<AlignedBuffer> expanded;       // per thread, of linear layers with int8 weights
   std::vector<std::vector<PrefixRun>> runs;  // per thread, what its attention reads in a layer
   std::vector<RowRange> tiles;               // rows of one slot and one cache each
   std::vector<AttentionPart> parts;          // of all tiles, if threads are to share a tile
@@ -118,6 +119,7 @@ struct Decoder::Workspace {
 
   void reserve(const DecoderWeights& weights, int64_t rows, int64_t head_features);
   void reserve_threads(const DecoderWeights& weights, int num_threads, int64_t scratch_bytes);
+  void reserve_expanded(const DecoderWeights& weights, const KernelTable& table, int num_threads);
   void reserve_selection(const DecoderWeights& weights, int64_t rows);
   void clear_rankings(int num_threads, int64_t rows, int64_t capacity);
 };
@@ -160,6 +162,19 @@ void Decoder::Workspace::reserve_threads(const DecoderWeights& weights, int num_
     few_normed.emplace_back(normed_bytes);
     runs.emplace_back();
   }
+}
+
+void Decoder::Workspace::reserve_expanded(const DecoderWeights& weights, const KernelTable& table, int num_threads) {
+  if (static_cast<int>(expanded.size()) >= num_threads) return;
+  int64_t bytes = 0;
+  const auto include = [&](const PackedLinear& linear) {
+    bytes = std::max(bytes, table.linear_workspace(weights.spec.dtype, linear.panels()));
+  };
+  for (const DecoderLayer& layer : weights.layers) {
+    for (const AdaptedLinear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) include(*linear->weight);
+  }
+  if (weights.lm_head) include(*weights.lm_head);
+  while (static_cast<int>(expanded.size()) < num_threads) expanded.emplace_back(bytes);
 }
 
 void Decoder::Workspace::reserve_selection(const DecoderWeights& weights, int64_t rows) {
@@ -426,6 +441,7 @@ void Decoder::Pass::apply(const AdaptedLinear& linear, Input&& input, int64_t in
   args.epilogue = epilogue;
   args.output = output;
   args.output_stride = output_stride;
+  args.workspace = work_.expanded[static_cast<size_t>(worker.index())].data();
   const auto work = [&](RowRange panels) {
     args.weights = {linear.weight->panels(), input(), input_stride};
     table_.linear(args, panels);
@@ -682,6 +698,7 @@ void Decoder::forward(const PagedCache& cache, const DecoderRows& rows, const Sc
   workspace_->stored.assign(rows.stored, rows.stored + rows.count);
   Pass pass(*this, cache, rows, head, scores);
   workspace_->reserve_threads(weights_, num_threads, pass.scratch_bytes());
+  workspace_->reserve_expanded(weights_, kernels(isa_), num_threads);
   pass.plan(num_threads);
   const int64_t num_phases = 2 + kPhasesPerLayer * static_cast<int64_t>(weights_.layers.size());
   run_parallel(num_threads, num_phases, [&](Worker& worker) { pass.run(worker); });
@@ -728,8 +745,10 @@ void Decoder::select(const PagedCache& cache, const int32_t* slots, int64_t coun
   linear.epilogue = Epilogue::kSelect;
   linear.select = &fold;
   const KernelTable& table = kernels(isa_);
+  work.reserve_expanded(weights_, table, num_threads);
   run_parallel(num_threads, 2, [&](Worker& worker) {
     LinearArgs mine = linear;
+    mine.workspace = work.expanded[static_cast<size_t>(worker.index())].data();
     mine.rankings = fold.rankings + worker.index() * count;
     worker.each(lm_head.num_panels(), [&](RowRange panels) { table.linear(mine, panels); });
     worker.each(count, [&](RowRange rows) { table.finish_selection(fold, num_threads, count, rows); });

@@ -90,6 +90,7 @@ struct LinearArgs {
   int64_t output_stride;
   const SelectFold* select;  // with kSelect
   LogitRanking* rankings;    // [rows], of the calling thread, with kSelect
+  void* workspace;           // `linear_workspace` bytes, of the calling thread
 };
 
 // Queries and keys get their norm, if there is one, and their rotary position; values are converted only. Key/value
@@ -134,6 +135,7 @@ struct KernelTable {
   // Weights [size] of one output feature, as float32.
   void (*unpack_row)(DType dtype, const PackedPanels& panels, int64_t row, int64_t size, float* output);
   void (*linear)(const LinearArgs& args, RowRange panels);
+  int64_t (*linear_workspace)(DType dtype, const PackedPanels& panels);  // zero unless they are int8
   // Writes the outputs of a selection whose panels have all been folded.
   void (*finish_selection)(const SelectFold& select, int num_threads, int64_t rows, RowRange range);
   // output = weight * x / sqrt(mean(x^2) + eps), [size].

@@ -51,6 +51,9 @@ struct MultiplyAdd<BFloat16> {
     strips[0] = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi8(low, signed_high));
     strips[1] = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi8(low, signed_high));
   }
+  static inline void store_strip(BFloat16* p, Operand strip) {
+    _mm512_storeu_si512(p, reinterpret_cast<__m512i>(strip));
+  }
   static inline Operand inputs(const BFloat16* p) {
     int pair;
     std::memcpy(&pair, p, sizeof(pair));

@@ -27,6 +27,7 @@ const KernelTable kKernels = {
     pack_panels,
     unpack_row,
     linear,
+    linear_workspace,
     finish_selection,
     rms_norm,
     rope,

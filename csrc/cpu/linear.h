@@ -2,8 +2,7 @@
 //
 // A panel of weights, see packing.h, is multiplied with up to kRowsAtOnce rows whose sums stay in registers. int8
 // weights become operands of the multiply-add on their way into the registers, which is exact; a group's sum of q x is
-// then multiplied by its scale. They are converted anew for each tile of rows: AVX512-BF16 does so on ports that its
-// multiply-adds leave free, and reads half as much as from a converted copy.
+// then multiplied by its scale. For many rows a panel is converted once, into the caller's workspace.
 //
 // Every product is one chain of multiply-adds over the depth, with scales one per group and one over the groups. So its
 // bits depend neither on the rows it is computed with nor on the thread, and few rows and many give the same.
@@ -21,6 +20,7 @@ namespace llm2_fast {
 namespace LLM2_FAST_TIER {
 
 constexpr int64_t kPrefetchBytes = 4096;  // ahead of the weights in use
+constexpr int64_t kManyRows = 16;         // converting int8 weights for them once takes less time than for each tile
 
 // One of the tiles that the rows of a product are divided into.
 struct RowTile {
@@ -29,78 +29,117 @@ struct RowTile {
 };
 
 // Tiles are as equal as can be: few rows take as long as some more.
-static inline RowTile row_tile(int64_t rows, int64_t index) {
-  const int64_t count = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+static inline RowTile row_tile(int64_t rows, int64_t index, int64_t rows_at_once) {
+  const int64_t count = (rows + rows_at_once - 1) / rows_at_once;
   return {{rows * index / count, rows * (index + 1) / count}, index, count};
 }
 
-// Weights to ask for while others are multiplied. If there is one tile, they lie ahead in the same stream; else each
-// tile asks for its part of the next panel, so that memory is as busy during the last one as during the first.
+// Weights to ask for while others are multiplied. If the packed ones are read, and once, they lie ahead in the same
+// stream; else each tile asks for its part of the next panel, so that memory is as busy during the last one as during
+// the first.
 struct Ahead {
   const char* weights;
   int64_t stride;  // bytes per step
 
-  Ahead(const char* panel, int64_t panel_bytes, int64_t step_bytes, const RowTile& tile) {
-    const bool same = tile.count == 1;
-    weights = panel + (same ? kPrefetchBytes : panel_bytes + panel_bytes * tile.index / tile.count);
-    stride = step_bytes / tile.count;
+  Ahead(const char* packed, int64_t panel_bytes, int64_t steps, const RowTile& tile, bool same) {
+    weights = packed + (same ? kPrefetchBytes : panel_bytes + panel_bytes * tile.index / tile.count);
+    stride = panel_bytes / steps / tile.count;
   }
 };
 
-// sums[r][i] = W x for the kRows rows of a tile and the output features of a panel. Weights are T, or int8 with scales.
+// The int8 weights of a panel as operands of the multiply-add, in the order of packed ones.
+template <typename T>
+static void expand_panel(const PackedPanels& panels, int64_t panel, typename MultiplyAdd<T>::Element* expanded) {
+  using Step = MultiplyAdd<T>;
+  const int8_t* weights = static_cast<const int8_t*>(panels.packed) + panel * kPanelWidth * panels.depth;
+  for (int64_t k = 0; k < panels.depth; k += Step::kDepth, weights += kPanelWidth * Step::kDepth) {
+    typename Step::Operand strip[kStrips];
+    Step::weights(weights, strip);
+    for (int s = 0; s < kStrips; ++s, expanded += kLanes * Step::kDepth) Step::store_strip(expanded, strip[s]);
+  }
+}
+
+// sum[r] = W x for the kRows rows of a tile and the output features of a panel, over inputs from `begin` to `end`. Goes
+// on in the weights.
 template <typename T, typename Weight, int kRows>
-static void multiply_panel(const LinearTerm& term, int64_t panel, const RowTile& tile, float* sums) {
+static inline __attribute__((always_inline)) void multiply_group(const T* inputs, int64_t input_stride, int64_t begin,
+                                                                 int64_t end, const Weight*& weights, Ahead& ahead,
+                                                                 Vec (&sum)[kRows][kStrips]) {
   using Step = MultiplyAdd<T>;
   constexpr int64_t kStepSize = int64_t{kPanelWidth} * Step::kDepth, kStepBytes = kStepSize * int64_t{sizeof(Weight)};
-  constexpr bool kScaled = sizeof(Weight) == sizeof(int8_t);
-  const int64_t depth = term.panels.depth, group_size = kScaled ? term.panels.group_size : depth;
-  const Weight* weights = static_cast<const Weight*>(term.panels.packed) + panel * kPanelWidth * depth;
-  const float* scales = kScaled ? term.panels.scales + panel * kPanelWidth * num_groups(depth, group_size) : nullptr;
+  for (int r = 0; r < kRows; ++r) {
+    for (int s = 0; s < kStrips; ++s) sum[r][s] = set1(0.0f);
+  }
+  for (int64_t k = begin; k < end; k += Step::kDepth, weights += kStepSize, ahead.weights += ahead.stride) {
+    // Past the end a prefetch does nothing.
+    for (int64_t line = 0; line < kStepBytes; line += kCacheLine) prefetch(ahead.weights + line);
+    typename Step::Operand strip[kStrips];
+    Step::weights(weights, strip);
+    for (int r = 0; r < kRows; ++r) {
+      const typename Step::Operand input = Step::inputs(inputs + r * input_stride + k);
+      for (int s = 0; s < kStrips; ++s) sum[r][s] = Step::apply(strip[s], input, sum[r][s]);
+    }
+  }
+}
+
+template <int kRows>
+static inline void store_tile(const Vec (&values)[kRows][kStrips], float* sums) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int s = 0; s < kStrips; ++s) store(sums + r * kPanelWidth + s * kLanes, values[r][s]);
+  }
+}
+
+// sums[r][i] = W x for the kRows rows of a tile and the output features of a panel, whose weights are T or, with
+// scales, int8 or such that were expanded.
+template <typename T, bool kScaled, typename Weight, int kRows>
+static void multiply_panel(const LinearTerm& term, int64_t panel, const RowTile& tile, const Weight* weights,
+                           float* sums) {
+  const PackedPanels& panels = term.panels;
+  const int64_t depth = panels.depth, panel_bytes = kPanelWidth * depth * (kScaled ? 1 : int64_t{sizeof(T)});
+  const char* packed = static_cast<const char*>(panels.packed) + panel * panel_bytes;
+  const bool in_place = reinterpret_cast<const char*>(weights) == packed;
+  Ahead ahead(packed, panel_bytes, depth / MultiplyAdd<T>::kDepth, tile, in_place && tile.count == 1);
   const T* inputs = static_cast<const T*>(term.input) + tile.rows.begin * term.input_stride;
-  const int64_t panel_bytes = kPanelWidth * depth * int64_t{sizeof(Weight)};
-  Ahead ahead(reinterpret_cast<const char*>(weights), panel_bytes, kStepBytes, tile);
-  if (kScaled) {
-    for (int i = 0; i < kRows * kPanelWidth; ++i) sums[i] = 0.0f;
-  }
-  for (int64_t begin = 0; begin < depth; begin += group_size) {
-    const int64_t end = begin + group_size < depth ? begin + group_size : depth;
-    Vec sum[kRows][kStrips];
-    for (int r = 0; r < kRows; ++r) {
-      for (int s = 0; s < kStrips; ++s) sum[r][s] = set1(0.0f);
-    }
-    for (int64_t k = begin; k < end; k += Step::kDepth, weights += kStepSize, ahead.weights += ahead.stride) {
-      // Past the end a prefetch does nothing.
-      for (int64_t line = 0; line < kStepBytes; line += kCacheLine) prefetch(ahead.weights + line);
-      typename Step::Operand strip[kStrips];
-      Step::weights(weights, strip);
+  Vec sum[kRows][kStrips];
+  if constexpr (!kScaled) {
+    multiply_group(inputs, term.input_stride, 0, depth, weights, ahead, sum);
+    store_tile(sum, sums);
+  } else {
+    const float* scales = panels.scales + panel * kPanelWidth * num_groups(depth, panels.group_size);
+    Vec total[kRows][kStrips] = {};  // of the groups so far
+    for (int64_t begin = 0; begin < depth; begin += panels.group_size, scales += kPanelWidth) {
+      const int64_t end = begin + panels.group_size < depth ? begin + panels.group_size : depth;
+      multiply_group(inputs, term.input_stride, begin, end, weights, ahead, sum);
       for (int r = 0; r < kRows; ++r) {
-        const typename Step::Operand input = Step::inputs(inputs + r * term.input_stride + k);
-        for (int s = 0; s < kStrips; ++s) sum[r][s] = Step::apply(strip[s], input, sum[r][s]);
+        for (int s = 0; s < kStrips; ++s) total[r][s] = fma(load(scales + s * kLanes), sum[r][s], total[r][s]);
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int s = 0; s < kStrips; ++s) {
-        float* total = sums + r * kPanelWidth + s * kLanes;
-        store(total, kScaled ? fma(load(scales + s * kLanes), sum[r][s], load(total)) : sum[r][s]);
-      }
-    }
-    if (kScaled) scales += kPanelWidth;
+    store_tile(total, sums);
   }
 }
 
-template <typename T, typename Weight, int kRows = kRowsAtOnce>
-static void multiply_rows(const LinearTerm& term, int64_t panel, const RowTile& tile, float* sums) {
+template <typename T, bool kScaled, typename Weight, int kRows = kRowsAtOnce>
+static void multiply_rows(const LinearTerm& term, int64_t panel, const RowTile& tile, const Weight* weights,
+                          float* sums) {
   if (tile.rows.end - tile.rows.begin == kRows) {
-    multiply_panel<T, Weight, kRows>(term, panel, tile, sums);
+    multiply_panel<T, kScaled, Weight, kRows>(term, panel, tile, weights, sums);
   } else if constexpr (kRows > 1) {
-    multiply_rows<T, Weight, kRows - 1>(term, panel, tile, sums);
+    multiply_rows<T, kScaled, Weight, kRows - 1>(term, panel, tile, weights, sums);
   }
 }
 
+// `expanded` is null if the packed weights are to be read.
 template <typename T>
-static void multiply(const LinearTerm& term, int64_t panel, const RowTile& tile, float* sums) {
-  term.panels.scales == nullptr ? multiply_rows<T, T>(term, panel, tile, sums)
-                                : multiply_rows<T, int8_t>(term, panel, tile, sums);
+static void multiply(const LinearTerm& term, int64_t panel, const RowTile& tile,
+                     const typename MultiplyAdd<T>::Element* expanded, float* sums) {
+  const int64_t first = panel * kPanelWidth * term.panels.depth;
+  if (term.panels.scales == nullptr) {
+    multiply_rows<T, false>(term, panel, tile, static_cast<const T*>(term.panels.packed) + first, sums);
+  } else if (expanded == nullptr) {
+    multiply_rows<T, true>(term, panel, tile, static_cast<const int8_t*>(term.panels.packed) + first, sums);
+  } else {
+    multiply_rows<T, true>(term, panel, tile, expanded, sums);
+  }
 }
 
 // Adds the update to the sums of those rows that have one.
@@ -110,7 +149,7 @@ static void add_update(const LinearArgs& args, int64_t panel, const RowTile& til
   const int64_t first = begin > args.first_updated ? begin : args.first_updated;
   if (args.update.panels.packed == nullptr || first >= end) return;
   float update[kRowsAtOnce * kPanelWidth];
-  multiply<T>(args.update, panel, {{first, end}, tile.index, tile.count}, update);
+  multiply<T>(args.update, panel, {{first, end}, tile.index, tile.count}, nullptr, update);
   sums += (first - begin) * kPanelWidth;
   for (int64_t i = 0; i < (end - first) * kPanelWidth; i += kLanes) {
     store(sums + i, add(load(sums + i), load(update + i)));
@@ -211,12 +250,19 @@ static void finish_rows(const LinearArgs& args, int64_t panel, RowRange rows, fl
 
 template <typename T>
 static void linear_of(const LinearArgs& args, RowRange panels) {
+  using Element = typename MultiplyAdd<T>::Element;
   float sums[kRowsAtOnce * kPanelWidth];
+  const PackedPanels& packed = args.weights.panels;
+  const bool expand = packed.scales != nullptr && args.rows >= kManyRows;
+  Element* expanded = expand ? static_cast<Element*>(args.workspace) : nullptr;
+  // Sums of a group and of the groups before it are to fit the registers together.
+  const int64_t rows_at_once = expand && packed.group_size < packed.depth ? kRowsAtOnce / 2 : kRowsAtOnce;
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    if (expand) expand_panel<T>(packed, panel, expanded);
     int64_t row = 0;
     for (int64_t index = 0; row < args.rows; ++index) {
-      const RowTile tile = row_tile(args.rows, index);
-      multiply<T>(args.weights, panel, tile, sums);
+      const RowTile tile = row_tile(args.rows, index, rows_at_once);
+      multiply<T>(args.weights, panel, tile, expanded, sums);
       add_update<T>(args, panel, tile, sums);
       finish_rows<T>(args, panel, tile.rows, sums);
       row = tile.rows.end;
@@ -226,6 +272,13 @@ static void linear_of(const LinearArgs& args, RowRange panels) {
 
 static void linear(const LinearArgs& args, RowRange panels) {
   args.dtype == DType::kFloat32 ? linear_of<float>(args, panels) : linear_of<BFloat16>(args, panels);
+}
+
+// Bytes of LinearArgs::workspace.
+static int64_t linear_workspace(DType dtype, const PackedPanels& panels) {
+  const size_t element =
+      dtype == DType::kFloat32 ? sizeof(MultiplyAdd<float>::Element) : sizeof(MultiplyAdd<BFloat16>::Element);
+  return panels.scales == nullptr ? 0 : kPanelWidth * panels.depth * static_cast<int64_t>(element);
 }
 
 }  // namespace LLM2_FAST_TIER

@@ -31,6 +31,7 @@ struct MultiplyAdd {
   static inline void weights(const Weight* p, Operand* strips) {
     for (int s = 0; s < kStrips; ++s) strips[s] = load(p + s * kLanes);
   }
+  static inline void store_strip(Element* p, Operand strip) { store(p, strip); }
   // [kDepth] inputs, the same for all lanes.
   static inline Operand inputs(const T* p) { return set1(to_float(*p)); }
   static inline Vec apply(Operand weights, Operand inputs, Vec sum) { return fma(weights, inputs, sum); }

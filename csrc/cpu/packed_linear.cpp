@@ -227,8 +227,13 @@ void PackedLinear::multiply(const void* input, int64_t rows, float* output, int 
   args.output = output;
   args.output_stride = out_features_;
   const KernelTable& table = kernels(isa_);
-  run_parallel(num_threads, 1,
-               [&](Worker& worker) { worker.each(num_panels_, [&](RowRange panels) { table.linear(args, panels); }); });
+  std::vector<AlignedBuffer> workspaces;
+  for (int i = 0; i < num_threads; ++i) workspaces.emplace_back(table.linear_workspace(dtype_, panels()));
+  run_parallel(num_threads, 1, [&](Worker& worker) {
+    LinearArgs mine = args;
+    mine.workspace = workspaces[static_cast<size_t>(worker.index())].data();
+    worker.each(num_panels_, [&](RowRange panels) { table.linear(mine, panels); });
+  });
 }
 
 }  // namespace llm2_fast
