@@ -2,7 +2,7 @@
 
 Whole generations, prefill included, in float32 and bfloat16; then, in bfloat16, prompts alone, and the time of a step
 against the length of the prefix and the number of branches. `cpu int8` is the cpu backend with int8 weights, a scale
-per output feature, and activations of the dtype; `cpu int8-group32` has a scale per 32 inputs.
+per 32 inputs, and activations of the dtype; `cpu int8-channel` has one scale per output feature.
 
 The model is SmolLM2-135M-Instruct, the `head` verifier the one that comes with the package. `lora` (rank 16) and `full`
 (the shape of the LLM) have random weights: they cost what trained ones cost, but choose other tokens. End-of-sequence
@@ -32,6 +32,7 @@ from random_models import random_full, random_lora
 import llm2_fast
 from llm2_fast import Engine
 from llm2_fast.models.loading import LoadedModel, load_model
+from llm2_fast.models.quantization import Quantization
 from llm2_fast.models.smollm2 import default_verifier, model_file
 from llm2_fast.verifier import Verifier
 
@@ -75,16 +76,21 @@ def make_prompts(model: LoadedModel, count: int) -> list[list[int]]:
     return [model.tokenizer(question)["input_ids"] for question in questions]
 
 
-def int8_bytes(module: torch.nn.Module) -> int:
-    """Bytes of a module's weights if those of its linear layers are int8, with a float32 scale per output feature."""
-    linear = {m.weight.data_ptr(): m.weight for m in module.modules() if isinstance(m, torch.nn.Linear)}
-    saved = sum(weight.numel() * (weight.element_size() - 1) - 4 * len(weight) for weight in linear.values())
-    return harness.parameter_bytes(module) - saved
+def weight_bytes(module: torch.nn.Module, quantization: str | None) -> int:
+    """Bytes of a module's weights if those of its linear layers are quantized, their float32 scales included."""
+    total = harness.parameter_bytes(module)
+    if quantization is None:
+        return total
+    group_size = Quantization.from_name(quantization).group_size
+    for weight in {m.weight.data_ptr(): m.weight for m in module.modules() if isinstance(m, torch.nn.Linear)}.values():
+        num_scales = len(weight) * -(-weight.shape[1] // (group_size or weight.shape[1]))
+        total -= weight.numel() * (weight.element_size() - 1) - 4 * num_scales
+    return total
 
 
 def decode_with_engine(decoder: str, model: LoadedModel, verifier: Verifier | None, prompts: list[list[int]]) -> Decode:
-    backend, *quantization = decoder.split()
-    loading = {"backend": backend, "quantization": next(iter(quantization), None), "max_batch_size": len(prompts)}
+    backend, _, quantization = decoder.partition(" ")
+    loading = {"backend": backend, "quantization": quantization or None, "max_batch_size": len(prompts)}
     engine = llm2_fast.load(model.model, verifier, **loading)
 
     def decode(new_tokens: int) -> list[int]:
@@ -122,7 +128,7 @@ def is_measured(decoder: str, dtype: str, kind: str, batch: int) -> bool:
         return kind in ("head", "full") and batch == 1
     if decoder in ("reference", "transformers"):
         return kind in (("none", "head", "full") if decoder == "reference" else ("none",)) and batch == 1
-    if decoder == "cpu int8-group32":
+    if decoder == "cpu int8-channel":
         return kind == "none" and dtype == "bfloat16" and batch <= 8
     return batch <= 8 or (decoder == "cpu" and dtype == "bfloat16")
 
@@ -130,7 +136,7 @@ def is_measured(decoder: str, dtype: str, kind: str, batch: int) -> bool:
 CASES = [
     case
     for case in itertools.product(
-        ("cpu", "cpu int8", "cpu int8-group32", "reference", "transformers", "naive"),
+        ("cpu", "cpu int8", "cpu int8-channel", "reference", "transformers", "naive"),
         ("bfloat16", "float32"),
         ("none", "head", "lora", "full"),
         (1, 8, 16, 32),
@@ -154,13 +160,13 @@ def test_cpu(benchmark: Any, models: dict[str, LoadedModel], decoder: str, dtype
     benchmark.group = f"{dtype}, {batch} at a time"
     counts = decode(NEW_TOKENS)
     benchmark.pedantic(decode, (NEW_TOKENS,), rounds=ROUNDS)
-    weight_bytes = int8_bytes if "int8" in decoder else harness.parameter_bytes
+    quantization = decoder.partition(" ")[2] or None
     workload = harness.Workload(
         steps=NEW_TOKENS,
         tokens=NEW_TOKENS * batch,
         prompt_tokens=sum(map(len, prompts)),
-        weight_bytes=weight_bytes(model.model),
-        verifier_bytes=weight_bytes(verifier.network) if kind == "full" else 0,  # others have next to none
+        weight_bytes=weight_bytes(model.model, quantization),
+        verifier_bytes=weight_bytes(verifier.network, quantization) if kind == "full" else 0,  # others: next to none
     )
     facts = {"mean |C|": round(sum(counts) / len(counts), 2)} if counts else {}
     harness.record(benchmark, workload, decoder=f"{decoder} {dtype}", verifier=kind, batch=batch, **facts)

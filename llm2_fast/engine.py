@@ -65,8 +65,8 @@ def load(
         backend: "cpu", "cuda", "reference", or "auto": that of the model's device, "cpu" or "cuda", where it supports
             model and verifier, else "reference"; a log message then says why.
         quantization: Weights of the linear layers, of the LLM and of a `full` verifier, as int8: "int8" with a float32
-            scale per output feature, or "int8-group32", "int8-group64", "int8-group128" with one per so many inputs.
-            Only the cpu backend has it. None keeps the dtype.
+            scale per 32 inputs of an output feature, "int8-group64" and "int8-group128" per 64 and 128 of them,
+            "int8-channel" per output feature. Only the cpu backend has it. None keeps the dtype.
         max_batch_size: Sequences decoded together; more wait their turn.
         max_length: Bound on prompt and new tokens together; by default, and at most, the models' context.
         kv_cache_memory_bytes: Bound on the keys and values of all sequences, a verifier's included; half of the memory

@@ -123,7 +123,7 @@ def test_layouts_of_files(layout, saved, caplog, nothing_whole):
 @needs_extension
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("quantization", [None, "int8", "int8-group32"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int8-channel"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_dtypes_and_tied_embeddings(tied, quantization, dtype, stored, tmp_path, monkeypatch):
     tiny.causal_lm("llama", tie_word_embeddings=tied).to(stored).save_pretrained(tmp_path)

@@ -266,7 +266,7 @@ def divide_small_models(monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("quantization", [None, "int8-group32"])
+@pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_bits_depend_neither_on_the_batch_nor_on_threads(kind, dtype, quantization, divide_small_models):
@@ -355,7 +355,7 @@ def test_cache_is_bitwise_that_of_a_fresh_prefill(kind, family, dtype):
             assert torch.equal(values, fresh_values)
 
 
-@pytest.mark.parametrize("quantization", [None, "int8-group32"])
+@pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_tier_gives_the_references_tokens(isa, quantization, monkeypatch):
     extension = tiny.extension_of(isa)
@@ -397,7 +397,7 @@ def compare_with_rounded_reference(model, verifier, quantization, **options):
     assert_same(results, expected, verifier)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int8-group32"])
+@pytest.mark.parametrize("quantization", ["int8", "int8-channel"])
 @pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int8_tokens_equal_the_reference_with_rounded_weights(family, kind, quantization):
@@ -418,15 +418,15 @@ def test_int8_tokens_equal_the_reference_with_rounded_weights(family, kind, quan
 )
 def test_int8_shapes(family, overrides):
     model = tiny.causal_lm(family, **overrides)
-    compare_with_rounded_reference(model, head_verifier(model), "int8-group32")
-    compare_with_rounded_reference(model, None, "int8")
+    compare_with_rounded_reference(model, head_verifier(model), "int8")
+    compare_with_rounded_reference(model, None, "int8-channel")
 
 
 def test_int8_weights_are_others():
     model = tiny.causal_lm("llama")
     steps = [
         generate("cpu", model, None, quantization=name, trace=True)[0].samples[0].logprobs
-        for name in (None, "int8", "int8-group32")
+        for name in (None, "int8", "int8-channel")
     ]
     assert len({tuple(logprobs) for logprobs in steps}) == 3
 

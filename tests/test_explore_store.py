@@ -193,8 +193,8 @@ def test_an_interrupted_exploration_is_resumed(tmp_path, engine):
     assert dataclasses.replace(parts, seconds=0) == dataclasses.replace(whole, seconds=0)
     with pytest.raises(ArgumentError, match="n 6 there, 7 here"):
         explore(engine, PROBLEMS, tmp_path / "parts", **{**OPTIONS, "n": 7})
-    quantized = {"tokenizer": engine.tokenizer, "quantization": "int8-group32"}
-    with pytest.raises(ArgumentError, match="quantization None there, 'int8-group32' here"):
+    quantized = {"tokenizer": engine.tokenizer, "quantization": "int8-channel"}
+    with pytest.raises(ArgumentError, match="quantization None there, 'int8-channel' here"):
         explore(arithmetic.model(), PROBLEMS, tmp_path / "parts", load_options=quantized, **OPTIONS)
 
 

@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # (out_features, in_features): whole panels, tails of every kind, one of each.
 SHAPES = [(64, 32), (33, 7), (1, 1), (17, 48), (100, 65), (5, 130)]
 PER_CHANNEL = 1 << 40
-GROUP_SIZES = {"plain": 0, "int8": PER_CHANNEL, "int8-group6": 6, "int8-group32": 32}  # 6: none of the shapes' divides
+GROUP_SIZES = {"plain": 0, "channel": PER_CHANNEL, "group6": 6, "group32": 32}  # 6: none of the shapes' divides
 
 
 def random(*shape, dtype=torch.float32, seed=0):

@@ -95,7 +95,7 @@ def test_second_load_packs_nothing_and_gives_the_same_bits(family, kind, tmp_pat
     assert packings == []
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int8-group32"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int8-channel"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_dtypes_and_tied_embeddings(tied, dtype, quantization, tmp_path, packings):
@@ -125,7 +125,7 @@ def test_each_place_dtype_and_quantization_has_its_file(saved, tmp_path, cache):
     tiny.causal_lm("llama").save_pretrained(tmp_path / "other")
     for model in (saved, tmp_path / "other"):
         for dtype in ("float32", "bfloat16"):
-            for quantization in (None, "int8", "int8-group32"):
+            for quantization in (None, "int8", "int8-channel"):
                 load(model, dtype=dtype, quantization=quantization)
     assert len(list(cache.iterdir())) == 12
 

@@ -36,8 +36,8 @@ def contenders(files: files_module.Files, peers_python: str | None) -> dict[str,
     found = {
         "llm2_fast bfloat16": ("worker_llm2_fast", ours),
         "transformers bfloat16": ("worker_transformers", ours),
+        "llm2_fast int8-channel": ("worker_llm2_fast", {**ours, "quantization": "int8-channel"}),
         "llm2_fast int8": ("worker_llm2_fast", {**ours, "quantization": "int8"}),
-        "llm2_fast int8-group32": ("worker_llm2_fast", {**ours, "quantization": "int8-group32"}),
     }
     for name, path in files.gguf(peers_python).items() if peers_python else ():
         found[f"llama.cpp {name}"] = ("worker_llama_cpp", {"gguf": str(path), **SHARED}, peers_python)

@@ -89,7 +89,7 @@ def entries(files: files_module.Files, arguments: argparse.Namespace) -> list[En
     found = [Entry("llm2_fast", "none", "worker_llm2_fast", ours)]
     for kind, path in files.verifiers.items():
         found.append(Entry("llm2_fast", kind, "worker_llm2_fast", {**ours, "verifier": str(path)}))
-    for quantization in ("int8", "int8-group32"):
+    for quantization in ("int8", "int8-channel"):
         options = {**ours, "quantization": quantization}
         found.append(Entry(f"llm2_fast {quantization}", "none", "worker_llm2_fast", options))
     found.append(Entry("transformers", "none", "worker_transformers", ours, (1, 8), every=_SLOW))

@@ -15,7 +15,7 @@ _LOAD_OPTIONS: dict[str, dict[str, Any]] = {
     "device": {"metavar": "NAME", "help": "auto or a torch device"},
     "dtype": {"metavar": "NAME", "help": "auto (the checkpoint's; float32 for GGUF), float32, bfloat16 or float16"},
     "backend": {"metavar": "NAME", "help": "auto, or one of those that `llm2-fast info` lists"},
-    "quantization": {"metavar": "NAME", "help": "weights as int8, int8-group32, int8-group64 or int8-group128"},
+    "quantization": {"metavar": "NAME", "help": "weights as int8, int8-group64, int8-group128 or int8-channel"},
     "max_batch_size": {"metavar": "N", "type": int, "help": "sequences decoded together; more wait their turn"},
     "max_length": {"metavar": "N", "type": int, "help": "bound on prompt and new tokens together"},
     "kv_cache_memory_bytes": {

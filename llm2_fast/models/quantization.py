@@ -13,7 +13,7 @@ from torch import nn
 from llm2_fast.errors import ArgumentError
 
 _LARGEST = 127  # not -128: the range is symmetric
-_GROUP_SIZES = {"int8": None, "int8-group32": 32, "int8-group64": 64, "int8-group128": 128}
+_GROUP_SIZES = {"int8": 32, "int8-group64": 64, "int8-group128": 128, "int8-channel": None}
 _ROWS_AT_ONCE = 4096  # of a round trip: bounds its temporary tensors
 
 
@@ -30,7 +30,7 @@ class Quantization:
 
     @classmethod
     def from_name(cls, name: str) -> Quantization:
-        """The one called "int8" or, with a group size, "int8-group32", "int8-group64" or "int8-group128".
+        """The one called "int8" (groups of 32), "int8-group64", "int8-group128" or "int8-channel" (one scale each).
 
         Raises:
             ArgumentError: There is none of that name.
@@ -42,7 +42,7 @@ class Quantization:
     @property
     def name(self) -> str:
         """What `from_name` calls it."""
-        return "int8" if self.group_size is None else f"int8-group{self.group_size}"
+        return next(name for name, group_size in _GROUP_SIZES.items() if group_size == self.group_size)
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Symmetric quantization: scale = max |w| / 127 over a group, q = w / scale to nearest, ties to even.
