@@ -58,6 +58,7 @@ class Entry:
         seconds: By batch size, of each turn.
         facts: What the worker says of itself.
         candidates: Mean number of them per step, of each turn at batch size 1.
+        bandwidths: Read bandwidth of each turn at batch size 1, the mean of right before and after; of the first entry.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Entry:
     seconds: dict[int, list[float]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     candidates: list[float] = field(default_factory=list)
+    bandwidths: list[float] = field(default_factory=list)
 
     def start(self) -> None:
         self.client = Client(self.worker, self.options, self.python)
@@ -124,8 +126,12 @@ def measure(found: list[Entry], prompts: list[list[int]], new_tokens: int, turns
             for entry in measured:
                 if batch_size == 1 and turn % entry.every:
                     continue
+                bounded = batch_size == 1 and entry is found[0]
+                before = harness.measure_read_bandwidth() if bounded else None
                 seconds = entry.decode(batch, new_tokens)
                 entry.seconds.setdefault(batch_size, []).append(seconds)
+                if bounded:
+                    entry.bandwidths.append(statistics.mean([before, harness.measure_read_bandwidth()]))
         print(f"batch size {batch_size} is done", file=sys.stderr)
         bandwidth.append(harness.measure_read_bandwidth())
     return bandwidth
@@ -144,6 +150,10 @@ def report(found: list[Entry], num_prompts: int, arguments: argparse.Namespace, 
         lines.append(f"| {entry.name} | {entry.verifier} | {' | '.join(speeds)} | {ratio} | {candidates} |")
     bandwidth = statistics.median(bandwidths[:2])  # around batch size 1, which it bounds
     floor = bandwidth / files_module.WEIGHT_BYTES
+    shares = [
+        new_tokens / seconds * files_module.WEIGHT_BYTES / bandwidth
+        for seconds, bandwidth in zip(found[0].seconds[1], found[0].bandwidths, strict=True)
+    ]
     turns = ", ".join(f"{len(found[0].seconds[size])} of {size}" for size in BATCH_SIZES)
     versions = ", ".join(sorted({entry.facts["engine"] for entry in found}))
     return "\n".join(
@@ -158,9 +168,17 @@ def report(found: list[Entry], num_prompts: int, arguments: argparse.Namespace, 
             f"Read bandwidth {', '.join(f'{value / 1e9:.1f}' for value in bandwidths)} GB/s (before and after each "
             f"batch size). With the {bandwidth / 1e9:.1f} around batch size 1, one sweep over "
             f"the {files_module.WEIGHT_BYTES / 1e6:.0f} MB of bfloat16 weights per token allows {floor:.1f} tokens/s; "
-            f"plain decoding at batch size 1 reaches {100 * plain / floor:.0f} % of it.",
+            f"plain decoding at batch size 1 reaches {100 * plain / floor:.0f} % of it. Turn by turn, with the "
+            f"bandwidth right before and after: {_percentiles(shares)} % (10th, 50th and 90th percentile), at "
+            f"{_percentiles(found[0].bandwidths, 1e-9)} GB/s.",
         ]
     )
+
+
+def _percentiles(values: list[float], factor: float = 100.0) -> str:
+    """The 10th, 50th and 90th."""
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return ", ".join(f"{factor * deciles[i]:.0f}" for i in (0, 4, 8))
 
 
 def speed(entry: Entry, batch_size: int, new_tokens: int) -> float:
@@ -217,6 +235,7 @@ def main() -> None:
             "name": entry.name,
             "verifier": entry.verifier,
             "seconds": entry.seconds,
+            "bandwidths": entry.bandwidths,
         }
         for entry in found
     ]
