@@ -185,6 +185,16 @@ def test_prompt(benchmark: Any, models: dict[str, LoadedModel], decoder: str) ->
     benchmark.pedantic(decode, (1,), rounds=ROUNDS)
 
 
+@pytest.mark.parametrize("alike", [True, False], ids=["alike", "unlike"])
+def test_common_beginning(benchmark: Any, models: dict[str, LoadedModel], alike: bool) -> None:
+    """Sixteen prompts that differ in their last 16 tokens only, or in the first one, too, to their first new token."""
+    prompts = [[1000 + (0 if alike else i), *range(2000, 2255), *range(3000 + i, 3016 + i)] for i in range(16)]
+    decode = decode_with_engine("cpu", models["bfloat16"], None, prompts)
+    decode(1)
+    benchmark.group = "16 prompts of 272 tokens, bfloat16"
+    benchmark.pedantic(decode, (1,), rounds=ROUNDS)
+
+
 def benchmark_steps(benchmark: Any, engine: Engine, prompt: list[int], **options: Any) -> None:
     """Whole generations of 24 tokens; what a step took is in `extra_info`."""
     milliseconds = []

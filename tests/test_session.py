@@ -117,6 +117,7 @@ class Programs(RuleBasedStateMachine):
             self.session.extend(slot, tokens)
             self.sequences[slot] += tokens
 
+    @precondition(lambda self: self.sequences)  # a list of what is not there is a program to be thrown away
     @rule(some=st.lists(slots, max_size=2))
     def compute(self, some):
         self.session.compute(list(set(some)))
@@ -140,6 +141,7 @@ class Programs(RuleBasedStateMachine):
         self.session.free(slot)
         del self.sequences[slot]
 
+    @precondition(lambda self: self.sequences)
     @rule(asked=st.lists(st.tuples(slots, candidates), min_size=1, max_size=3))
     def score_some(self, asked):
         candidates = dict(asked)
