@@ -21,6 +21,7 @@ from llm2_fast.models.decoder import Decoder, Rows
 from llm2_fast.models.fingerprint import fingerprint
 from llm2_fast.models.loading import LoadedModel
 from llm2_fast.models.quantization import Quantization
+from llm2_fast.models.source import MemorySource
 from llm2_fast.models.spec import DecoderSpec
 from llm2_fast.models.weights import PackedWeights
 from llm2_fast.sequence import Sequence
@@ -443,11 +444,16 @@ def test_the_check_knows_the_quantization(dtype):
     model, extension = tiny.causal_lm("llama").to(dtype), ops.cpu_extension()
     weights = PackedWeights.pack(extension, model, Quantization(None))
     decoder = cached_decoder.CachedDecoder(extension, weights.decoder(), weights.spec, num_blocks=1)
-    decoder.check(model, Quantization(None))
+    source = MemorySource(model)
+    with source.running(Quantization(None)) as running:
+        decoder.check(running)
     if dtype == torch.float32:  # what bfloat16 rounds after every op is more than int8 loses here
         for other in (None, Quantization(32)):
-            with pytest.raises(ArgumentError, match="layers that compute what their type says"):
-                decoder.check(model, other)
+            with (
+                pytest.raises(ArgumentError, match="layers that compute what their type says"),
+                source.running(other) as running,
+            ):
+                decoder.check(running)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from llm2_fast.backends.compilation import check_same
 from llm2_fast.cache.blocks import BlockTables
 from llm2_fast.errors import ArgumentError
-from llm2_fast.models.quantization import Quantization
 from llm2_fast.models.spec import DecoderSpec
 
 BLOCK_SIZE = 32
@@ -101,9 +100,9 @@ class CachedDecoder:
         largest = spec.hidden_size * spec.intermediate_size
         return torch.get_num_threads() if largest >= MIN_SHARED_WEIGHTS else 1
 
-    def check(self, model: PreTrainedModel, quantization: Quantization | None = None) -> None:
-        """`check_same` with `model`, whose weights these are or, quantized, were."""
-        check_same(self._last_hidden_state, model, self.spec, quantization)
+    def check(self, model: PreTrainedModel) -> None:
+        """`check_same` with `model`, whose weights these are."""
+        check_same(self._last_hidden_state, model, self.spec)
 
     def _last_hidden_state(self, token_ids: list[int]) -> torch.Tensor:
         slot = self.allocate()

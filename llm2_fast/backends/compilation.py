@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from transformers import PreTrainedModel
@@ -11,7 +10,6 @@ from transformers import PreTrainedModel
 from llm2_fast.errors import ArgumentError
 from llm2_fast.models.decoder import agree, evaluating
 from llm2_fast.models.loading import LoadedModel
-from llm2_fast.models.quantization import Quantization
 from llm2_fast.models.source import ModelSource
 from llm2_fast.models.spec import DecoderSpec, text_decoder
 from llm2_fast.models.weights import LoraUpdate
@@ -51,26 +49,22 @@ def check_same(
     compute: Callable[[list[int]], torch.Tensor],
     model: PreTrainedModel,
     spec: DecoderSpec,
-    quantization: Quantization | None = None,
 ) -> None:
-    """Compare a few tokens with `model`, whose weights a compiled decoder has or, quantized, has rounded.
+    """Compare a few tokens with `model`, whose weights a compiled decoder has.
 
     A model whose layers were replaced or patched may compute something else than its type says, so it is refused.
-    What int8 loses is no difference: with `quantization` the model computes with the same rounded weights.
 
     Args:
         compute: The decoder's final hidden state [hidden_size] of the last of some tokens.
-        model: The model, able to run.
+        model: The model, able to run, with weights rounded as the decoder's.
         spec: Of both.
-        quantization: Of the decoder's weights.
 
     Raises:
         ArgumentError: The hidden states differ.
     """
     token_ids = [(7 * i + 1) % spec.vocab_size for i in range(_PROBE_LENGTH)]
-    rounding = nullcontext() if quantization is None else quantization.applied_to(model)
     device = "cpu" if model.device.type == "meta" else model.device  # "meta": its weights come from files as it runs
-    with evaluating(model), rounding, torch.no_grad():
+    with evaluating(model), torch.no_grad():
         ids = torch.tensor([token_ids], device=device)
         expected = model.base_model(ids, use_cache=False).last_hidden_state[0, -1].float().cpu()
     if not agree(compute(token_ids).float().cpu(), expected, _PROBE_TOLERANCE[spec.dtype]):

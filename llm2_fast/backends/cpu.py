@@ -135,8 +135,8 @@ class _Compiler:
             return self._decoder(weights, updates)
         weights = PackedWeights.pack(self.extension, source, self.quantization)
         decoder = self._decoder(weights, updates)
-        with source.running() as model:
-            decoder.check(model, self.quantization)
+        with source.running(self.quantization) as model:
+            decoder.check(model)
         if file is not None:
             file.write(weights)
         return decoder

@@ -5,25 +5,30 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn import functional
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from llm2_fast.errors import ArgumentError, CheckpointError
+from llm2_fast.models.quantization import Quantization
+from llm2_fast.models.scratch import Scratch
 from llm2_fast.models.source import MemorySource, ModelSource
 from llm2_fast.models.spec import DecoderSpec
 
 _LOGGER = logging.getLogger(__name__)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CPU = torch.device("cpu")
-_CHUNK_BYTES = 1 << 21  # of a tensor that is converted while it is read
+_CHUNK_BYTES = 1 << 19  # of a tensor that is read a few rows at a time
 
 
 def open_checkpoint(
@@ -108,10 +113,18 @@ class StoredTensor:
     name: str
     dtype: torch.dtype | None  # None: not floating-point
     shape: tuple[int, ...]
+    offset: int  # bytes, in the file
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one of the first dimension."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 class CheckpointSource(ModelSource):
     """A checkpoint of a family that compiled decoders can run, whose weights are read when they are asked for.
+
+    Not for several threads at once.
 
     Args:
         auto_class: As for `open_checkpoint`.
@@ -141,48 +154,69 @@ class CheckpointSource(ModelSource):
         self.skeleton = _make_skeleton(auto_class, source, config, dtype)
         DecoderSpec.from_model(self.skeleton)
         self._stored = _match(self.skeleton, stored)
+        self._scratch = Scratch()  # for rows in the dtype of their file
 
     def load(self) -> MemorySource:
         return MemorySource(read_checkpoint(self._auto_class, self._source, dtype=self.dtype).to(self.device))
 
     def tensor(self, parameter: nn.Parameter) -> torch.Tensor:
         stored = self._stored[parameter]
-        if stored.dtype == self.dtype:
-            return _read(stored)
+        if stored.dtype == self.dtype and stored.shape[0] * stored.row_bytes > _CHUNK_BYTES:
+            return _map(stored)
         values = torch.empty(stored.shape, dtype=self.dtype)
-        step = max(1, _CHUNK_BYTES // (values[0].numel() * values.element_size()))
-        for first in range(0, len(values), step):
-            values[first : first + step] = self.row_range(parameter, first, first + step)
+        self.read_rows(parameter, 0, values)
         return values
 
     def rows(self, parameter: nn.Parameter, indices: Sequence[int]) -> torch.Tensor:
-        stored = self._stored[parameter]
-        with _opened(stored.path) as file:
-            rows = file.get_slice(stored.name)
-            return torch.cat([rows[index : index + 1] for index in indices]).to(self.dtype)
+        values = torch.empty(len(indices), *parameter.shape[1:], dtype=self.dtype)
+        for index, row in zip(indices, values.split(1), strict=True):
+            self.read_rows(parameter, index, row)
+        return values
 
-    def row_range(self, parameter: nn.Parameter, first: int, end: int) -> torch.Tensor:
+    def read_rows(self, parameter: nn.Parameter, first: int, out: torch.Tensor) -> None:
         stored = self._stored[parameter]
-        with _opened(stored.path) as file:
-            return file.get_slice(stored.name)[first:end].to(self.dtype)
+        if stored.dtype == out.dtype:
+            _read_rows(stored, first, out)
+            return
+        for part in out.split(max(1, _CHUNK_BYTES // stored.row_bytes)):
+            values = self._scratch.take(part.shape, stored.dtype)
+            _read_rows(stored, first, values)
+            part.copy_(values)
+            first += len(part)
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[PreTrainedModel]:
-        """The skeleton with hooks that give a module its parameters while it runs, and no longer."""
-        owners = {module: dict(module._parameters) for module in self.skeleton.modules() if module._parameters}
+    def running(self, quantization: Quantization | None = None) -> Iterator[PreTrainedModel]:
+        """The skeleton with hooks that give a module its parameters while it runs, and no longer.
+
+        Linear layers read theirs a few rows at a time instead, so that memory does not depend on their size.
+        """
+        modules = list(self.skeleton.modules())
+        linears = [module for module in modules if type(module) is nn.Linear]
+        others = [module for module in modules if module._parameters and type(module) is not nn.Linear]
+        owners = {module: dict(module._parameters) for module in others}
+        rounded = set() if quantization is None else {linear.weight for linear in linears}
+        scratch = Scratch()
+
+        def rounding(parameter: nn.Parameter) -> Quantization | None:
+            return quantization if parameter in rounded else None
 
         def fill(module: nn.Module, args: tuple[Any, ...]) -> None:
             for name, parameter in owners[module].items():
-                if parameter is not None:
-                    is_table = isinstance(module, nn.Embedding)
-                    values = self._used_rows(parameter, args[0]) if is_table else self.tensor(parameter)
-                    module._parameters[name] = nn.Parameter(values, requires_grad=False)
+                if parameter is None:
+                    continue
+                if isinstance(module, nn.Embedding):
+                    values = self._used_rows(parameter, args[0], rounding(parameter))
+                else:
+                    values = self.tensor(parameter)
+                module._parameters[name] = nn.Parameter(values, requires_grad=False)
 
         def empty(module: nn.Module, *_: Any) -> None:
             module._parameters.update(owners[module])
 
         hooks = [module.register_forward_pre_hook(fill) for module in owners]
         hooks += [module.register_forward_hook(empty) for module in owners]
+        for linear in linears:
+            linear.forward = partial(self._multiply, linear, rounding(linear.weight), scratch)
         try:
             yield self.skeleton
         finally:
@@ -190,12 +224,33 @@ class CheckpointSource(ModelSource):
                 hook.remove()
             for module in owners:
                 empty(module)
+            for linear in linears:
+                del linear.forward
 
-    def _used_rows(self, table: nn.Parameter, ids: torch.Tensor) -> torch.Tensor:
+    def _multiply(
+        self, linear: nn.Linear, quantization: Quantization | None, scratch: Scratch, inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """The layer's forward pass."""
+        bias = None if linear.bias is None else self.tensor(linear.bias)
+        step = max(1, _CHUNK_BYTES // (linear.in_features * self.dtype.itemsize))
+        outputs = []
+        for first in range(0, linear.out_features, step):
+            end = min(first + step, linear.out_features)
+            weight = scratch.take((end - first, linear.in_features), self.dtype)
+            self.read_rows(linear.weight, first, weight)
+            if quantization is not None:
+                quantization.round_trip_(weight)
+            outputs.append(functional.linear(inputs, weight, None if bias is None else bias[first:end]))
+        return torch.cat(outputs, dim=-1)
+
+    def _used_rows(self, table: nn.Parameter, ids: torch.Tensor, quantization: Quantization | None) -> torch.Tensor:
         """The table with the rows `ids` only; memory that is not written to costs nothing."""
-        used = ids.unique()
         values = torch.empty(table.shape, dtype=self.dtype)
-        values[used] = self.rows(table, used.tolist())
+        for index in ids.flatten().tolist():
+            row = values[index : index + 1]
+            self.read_rows(table, index, row)
+            if quantization is not None:
+                quantization.round_trip_(row)
         return values
 
 
@@ -233,10 +288,13 @@ def _list_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     """By name."""
     stored = {}
     for path in files:
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118  not a dictionary
-                tensor = file.get_slice(name)
-                stored[name] = StoredTensor(path, name, _DTYPES.get(tensor.get_dtype()), tuple(tensor.get_shape()))
+        with _opened(path), path.open("rb") as file:  # the library has found the header to be valid
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            offset = 8 + header_bytes + entry["data_offsets"][0]
+            stored[name] = StoredTensor(path, name, _DTYPES.get(entry["dtype"]), tuple(entry["shape"]), offset)
     return stored
 
 
@@ -285,13 +343,26 @@ def _match(skeleton: PreTrainedModel, stored: dict[str, StoredTensor]) -> dict[n
 
 
 def _same(a: StoredTensor, b: StoredTensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(_read(a), _read(b))
+    return a.dtype == b.dtype and torch.equal(_map(a), _map(b))
 
 
-def _read(stored: StoredTensor) -> torch.Tensor:
+def _map(stored: StoredTensor) -> torch.Tensor:
     """A tensor, mapped into memory. The file is opened each time, so its pages leave memory with the tensor."""
     with _opened(stored.path) as file:
         return file.get_tensor(stored.name)
+
+
+def _read_rows(stored: StoredTensor, first: int, out: torch.Tensor) -> None:
+    """Fill `out`, of the stored dtype, with rows from `first` on. Nothing is mapped, so no page of the file counts."""
+    try:
+        with stored.path.open("rb") as file:
+            file.seek(stored.offset + first * stored.row_bytes)
+            num_bytes = file.readinto(out.view(torch.uint8).numpy())
+    except OSError as error:
+        raise CheckpointError(f"weights {str(stored.path)!r}: cannot be read: {error}") from error
+    if num_bytes != out.nbytes:
+        expected = f"{out.nbytes} bytes of {stored.name}"
+        raise CheckpointError(f"weights {str(stored.path)!r}: expected {expected}, got {num_bytes}")
 
 
 @contextlib.contextmanager

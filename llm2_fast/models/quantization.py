@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from llm2_fast.errors import ArgumentError
 
 _LARGEST = 127  # not -128: the range is symmetric
 _GROUP_SIZES = {"int8": 32, "int8-group64": 64, "int8-group128": 128, "int8-channel": None}
-_ROWS_AT_ONCE = 4096  # of a round trip: bounds its temporary tensors
+_WEIGHTS_AT_ONCE = 1 << 14  # of a round trip: bounds its temporary tensors
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,28 @@ class Quantization:
         Returns:
             q, int8 [out_features, in_features], and the scales, float32 [out_features, num_groups].
         """
-        values, scales = [], []
-        for group in weight.float().split(self.group_size or weight.shape[1], dim=1):
-            scale = group.abs().amax(dim=1, keepdim=True) / _LARGEST
-            quotient = group / torch.where(scale > 0, scale, 1)  # without a scale the group is zero, or nearly so
-            # A subnormal scale may be so inaccurate that quotients exceed 127.
-            values.append(quotient.round().clamp(-_LARGEST, _LARGEST).to(torch.int8))
-            scales.append(scale)
-        return torch.cat(values, dim=1), torch.cat(scales, dim=1)
+        in_features = weight.shape[1]
+        group_size = min(self.group_size or in_features, in_features)
+        groups = functional.pad(weight.float(), (0, -in_features % group_size)).unflatten(1, (-1, group_size))
+        scales = groups.abs().amax(dim=2, keepdim=True) / _LARGEST
+        quotients = groups / torch.where(scales > 0, scales, 1)  # without a scale the group is zero, or nearly so
+        # A subnormal scale may be so inaccurate that quotients exceed 127.
+        values = quotients.round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+        return values.flatten(1)[:, :in_features], scales.squeeze(2)
 
     def round_trip(self, weight: torch.Tensor) -> torch.Tensor:
         """What int8 keeps of `weight` [out_features, in_features]: scale * q, rounded to its dtype."""
-        rounded, in_features = torch.empty_like(weight), weight.shape[1]
-        group = torch.arange(in_features) // (self.group_size or in_features)
-        for source, target in zip(weight.split(_ROWS_AT_ONCE), rounded.split(_ROWS_AT_ONCE), strict=True):
-            values, scales = self.quantize(source)
-            target.copy_(values * scales[:, group])
+        rounded = weight.clone()
+        self.round_trip_(rounded)
         return rounded
+
+    def round_trip_(self, weight: torch.Tensor) -> None:
+        """`round_trip` in place."""
+        in_features = weight.shape[1]
+        group = torch.arange(in_features) // (self.group_size or in_features)
+        for rows in weight.split(max(1, _WEIGHTS_AT_ONCE // in_features)):
+            values, scales = self.quantize(rows)
+            rows.copy_(values * scales[:, group])
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
@@ -91,17 +97,14 @@ class Quantization:
         def restore(module: nn.Module, args: Any, output: Any) -> None:
             module.weight.data = kept.pop(module)
 
-        def address(weight: nn.Parameter) -> int:
-            return id(weight) if weight.is_meta else weight.data_ptr()  # tied weights have the same
-
-        quantized = {address(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+        # Tied weights have the same address.
+        quantized = {module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Linear)}
         hooks = []
         try:
             for module in model.modules():
-                if isinstance(module, (nn.Linear, nn.Embedding)) and address(module.weight) in quantized:
+                if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight.data_ptr() in quantized:
                     hooks.append(module.register_forward_pre_hook(replace))
-                    # Before the hooks that were there: those of weights in files take them away again.
-                    hooks.append(module.register_forward_hook(restore, always_call=True, prepend=True))
+                    hooks.append(module.register_forward_hook(restore, always_call=True))
             yield
         finally:
             for hook in hooks:

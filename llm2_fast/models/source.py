@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from llm2_fast.models.quantization import Quantization
 
 
 class ModelSource(ABC):
@@ -46,12 +48,16 @@ class ModelSource(ABC):
         """Values [len(indices), ...] of single rows of a parameter."""
 
     @abstractmethod
-    def row_range(self, parameter: nn.Parameter, first: int, end: int) -> torch.Tensor:
-        """Values [end - first, ...] of neighbouring rows of a parameter. Not to be written to."""
+    def read_rows(self, parameter: nn.Parameter, first: int, out: torch.Tensor) -> None:
+        """Fill `out`, contiguous, with as many rows of a parameter as it has, from `first` on."""
 
     @abstractmethod
-    def running(self) -> AbstractContextManager[PreTrainedModel]:
-        """The skeleton, able to run inside the context."""
+    def running(self, quantization: Quantization | None = None) -> AbstractContextManager[PreTrainedModel]:
+        """The skeleton, able to run inside the context.
+
+        Args:
+            quantization: Linear layers, and a table tied to one, compute with what it keeps of their weights.
+        """
 
 
 class MemorySource(ModelSource):
@@ -73,12 +79,13 @@ class MemorySource(ModelSource):
     def rows(self, parameter: nn.Parameter, indices: Sequence[int]) -> torch.Tensor:
         return parameter.detach()[list(indices)]
 
-    def row_range(self, parameter: nn.Parameter, first: int, end: int) -> torch.Tensor:
-        return parameter.detach()[first:end]
+    def read_rows(self, parameter: nn.Parameter, first: int, out: torch.Tensor) -> None:
+        out.copy_(parameter.detach()[first : first + len(out)])
 
     @contextmanager
-    def running(self) -> Iterator[PreTrainedModel]:
-        yield self.skeleton
+    def running(self, quantization: Quantization | None = None) -> Iterator[PreTrainedModel]:
+        with nullcontext() if quantization is None else quantization.applied_to(self.skeleton):
+            yield self.skeleton
 
 
 def as_source(model: PreTrainedModel | ModelSource) -> ModelSource:

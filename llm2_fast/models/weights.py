@@ -14,10 +14,11 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from llm2_fast.errors import ArgumentError
 from llm2_fast.models.quantization import Quantization
+from llm2_fast.models.scratch import Scratch
 from llm2_fast.models.source import ModelSource, as_source
 from llm2_fast.models.spec import DecoderSpec, text_decoder
 
-_PIECE_BYTES = 1 << 21  # of a layer that is packed row by row
+_PIECE_BYTES = 1 << 20  # of a layer that is packed row by row
 LoraUpdate = tuple[torch.Tensor, torch.Tensor]  # A [r, in_features] and B [out_features, r] with the scaling in it
 
 
@@ -94,8 +95,9 @@ class PackedWeights:
         if lm_head is None or not share_weight(lm_head, decoder.embed_tokens):
             weights.tensors["embedding"] = source.tensor(decoder.embed_tokens.weight).to(weights._dtype).contiguous()
         # The largest first: then what is packed already and what is being read are never much more than the whole.
+        scratch = Scratch()
         for name in sorted(modules, key=lambda name: -sum(linear.weight.numel() for linear in modules[name].values())):
-            weights.linears[name] = weights._pack(source, name, modules[name], quantization)
+            weights.linears[name] = weights._pack(source, name, modules[name], quantization, scratch)
         return weights
 
     @property
@@ -125,38 +127,44 @@ class PackedWeights:
         return to_dlpack(self.tensors[name]) if name in self.tensors else None
 
     def _pack(
-        self, source: ModelSource, name: str, linears: dict[str, nn.Linear], quantization: Quantization | None
+        self,
+        source: ModelSource,
+        name: str,
+        linears: dict[str, nn.Linear],
+        quantization: Quantization | None,
+        scratch: Scratch,
     ) -> Any:
         group_size = 0
         if quantization is not None:
             group_size = quantization.group_size or next(iter(linears.values())).in_features
         interleaved = name.endswith("gate_up")
-        if (interleaved or len(linears) == 1) and all(linear.bias is None for linear in linears.values()):
-            return self._pack_in_pieces(source, linears, interleaved, group_size)
+        if all(linear.bias is None for linear in linears.values()):
+            return self._pack_in_pieces(source, linears, interleaved, group_size, scratch)
         weights = [source.tensor(linear.weight) for linear in linears.values()]
         biases = [None if linear.bias is None else source.tensor(linear.bias) for linear in linears.values()]
         if quantization is not None:
-            _check_finite(linears, weights)
+            for path, weight in zip(linears, weights, strict=True):
+                _check_finite(path, weight)
         return self._pack_tensors(weights, biases, interleaved=interleaved, group_size=group_size)
 
     def _pack_in_pieces(
-        self, source: ModelSource, linears: dict[str, nn.Linear], interleaved: bool, group_size: int
+        self, source: ModelSource, linears: dict[str, nn.Linear], interleaved: bool, group_size: int, scratch: Scratch
     ) -> Any:
         """As many rows at a time as take little memory, however large the layer is."""
-        first_linear = next(iter(linears.values()))
-        out_features, in_features = first_linear.out_features, first_linear.in_features
+        stacks = [{path: linear} for path, linear in linears.items()] if interleaved else [linears]
+        in_features = next(iter(linears.values())).in_features
+        out_features = sum(linear.out_features for linear in stacks[0].values())
         packed = self._extension.PackedLinear.unpacked(
-            self.spec.dtype, in_features, out_features * len(linears), interleaved, group_size=group_size
+            self.spec.dtype, in_features, out_features * len(stacks), interleaved, group_size=group_size
         )
-        row_bytes = in_features * self._dtype.itemsize
+        row_bytes = in_features * self._dtype.itemsize * len(stacks)
         step = max(1, _PIECE_BYTES // (row_bytes * packed.piece_rows)) * packed.piece_rows
         for first in range(0, out_features, step):
-            end = min(first + step, out_features)
-            pieces = [source.row_range(linear.weight, first, end) for linear in linears.values()]
-            if group_size:
-                _check_finite(linears, pieces)
-            rows = [to_dlpack(piece.to(self._dtype).contiguous()) for piece in pieces]
-            packed.pack_rows(first, rows, torch.get_num_threads())
+            num_rows = min(step, out_features - first)
+            pieces = scratch.take((len(stacks), num_rows, in_features), self._dtype).unbind()
+            for stack, piece in zip(stacks, pieces, strict=True):
+                _read_stack(source, stack, first, piece, must_be_finite=group_size > 0)
+            packed.pack_rows(first, [to_dlpack(piece) for piece in pieces], torch.get_num_threads())
         return packed
 
     def _pack_tensors(
@@ -186,10 +194,22 @@ class PackedWeights:
         return AdaptedLinear(weight, lora_a, lora_b)
 
 
-def _check_finite(linears: dict[str, nn.Linear], weights: list[torch.Tensor]) -> None:
-    for path, weight in zip(linears, weights, strict=True):
-        if not all(bound.isfinite() for bound in weight.aminmax()):
-            raise ArgumentError("model", f"finite weights to quantize, {path}.weight too", "NaN or infinity")
+def _read_stack(
+    source: ModelSource, linears: dict[str, nn.Linear], first: int, out: torch.Tensor, *, must_be_finite: bool
+) -> None:
+    """Fill `out` with rows from `first` on of the layers' weights, one below the other."""
+    for path, linear in linears.items():
+        rows = out[: max(0, linear.out_features - first)]
+        if len(rows) > 0:
+            source.read_rows(linear.weight, first, rows)
+            if must_be_finite:
+                _check_finite(path, rows)
+        out, first = out[len(rows) :], max(0, first - linear.out_features)
+
+
+def _check_finite(path: str, weight: torch.Tensor) -> None:
+    if not all(bound.isfinite() for bound in weight.aminmax()):
+        raise ArgumentError("model", f"finite weights to quantize, {path}.weight too", "NaN or infinity")
 
 
 def stack_updates(
