@@ -1,5 +1,5 @@
 // What linear layers do with their sums, on every tier this machine can run: with weights of zero the sums are the
-// bias. Exits with 1 if a check fails.
+// bias. And int8 weights, which are converted for one row or for many. Exits with 1 if a check fails.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -134,6 +134,44 @@ void test_gated(Epilogue epilogue, Isa isa) {
   }
 }
 
+// Many rows give the bits of each alone, and products are those of what int8 keeps of the weights.
+template <typename T>
+void test_int8(int64_t group_size, Isa isa) {
+  current_case = std::string("int8, ") + isa_name(isa) + (sizeof(T) == 2 ? ", bfloat16" : ", float32");
+  constexpr int64_t kIn = 77, kOut = 83, kMany = 41;  // in_features that neither groups nor steps divide
+  const auto numbers = [](int64_t count, int factor) {
+    std::vector<T> values(static_cast<size_t>(count));
+    for (size_t i = 0; i < values.size(); ++i) {
+      from_float(static_cast<float>(static_cast<int>(i * static_cast<size_t>(factor) % 255) - 127) / 64.0f, &values[i]);
+    }
+    return values;
+  };
+  const std::vector<T> weights = numbers(kOut * kIn, 37);
+  const DType dtype = sizeof(T) == 2 ? DType::kBFloat16 : DType::kFloat32;
+  const PackedLinear layer(dtype, {{weights.data(), kOut, kIn, nullptr}}, kIn, Arrangement::kStacked, isa, 1,
+                           group_size);
+  const int64_t depth = layer.depth();
+  std::vector<T> input = numbers(kMany * depth, 101);
+  for (int64_t row = 0; row < kMany; ++row) {
+    for (int64_t k = kIn; k < depth; ++k) input[static_cast<size_t>(row * depth + k)] = T{};
+  }
+  std::vector<float> many(static_cast<size_t>(kMany * kOut)), one(static_cast<size_t>(kOut)), kept(kIn);
+  layer.multiply(input.data(), kMany, many.data(), 2);
+  for (int64_t row = 0; row < kMany; ++row) {
+    layer.multiply(input.data() + row * depth, 1, one.data(), 1);
+    for (int64_t feature = 0; feature < kOut; ++feature) {
+      const float sum = many[static_cast<size_t>(row * kOut + feature)];
+      CHECK(same_bits(sum, one[static_cast<size_t>(feature)]));
+      layer.unpack_row(feature, kept.data());
+      double expected = 0.0;
+      for (int64_t k = 0; k < kIn; ++k) {
+        expected += double{kept[static_cast<size_t>(k)]} * to_float(input[static_cast<size_t>(row * depth + k)]);
+      }
+      CHECK(std::abs(sum - expected) <= 1e-4);  // of products up to 4
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -143,6 +181,10 @@ int main() {
     for (Epilogue epilogue : {Epilogue::kSiluMul, Epilogue::kGeluTanhMul}) {
       test_gated<float>(epilogue, isa);
       test_gated<BFloat16>(epilogue, isa);
+    }
+    for (int64_t group_size : {32, 77}) {
+      test_int8<float>(group_size, isa);
+      test_int8<BFloat16>(group_size, isa);
     }
     std::printf("%s: done\n", isa_name(isa));
   }
