@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,8 @@ def quick_engine(bench, monkeypatch):
 
     monkeypatch.setattr(bench.gpu_engine, "make_engine", make_engine)
     monkeypatch.setattr(bench.gpu_engine, "lm_head_of", lambda engine: engine.lm_head)
+    # A row may be the difference of two times, of which what others take on the machine would change the sign.
+    monkeypatch.setattr(bench.gpu_engine, "time", SimpleNamespace(perf_counter=time.process_time))
 
 
 def test_every_row_of_the_engine(bench, quick_engine):
@@ -46,7 +49,7 @@ def test_every_row_of_the_engine(bench, quick_engine):
     ]  # fmt: skip
     assert [(row["row"], row.get("batch")) for row in rows] == names
     assert not any("left out" in row for row in rows)
-    assert all(row["ms per step"] > 0 for row in rows if "batch" in row)
+    assert not [row for row in rows if row.get("ms per step", 1) <= 0]
     assert all(row["x plain"] == 1.0 for row in rows if row["row"] == "plain")
     assert rows[0]["% of copy"] > 0
     assert all(row["mean candidates"] == 8 for row in rows if "8 branches" in row["row"])
