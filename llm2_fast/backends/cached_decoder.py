@@ -132,8 +132,8 @@ class CachedDecoder:
         self.lengths[child] = length
         self._write_table(child)
         if copied is not None:
-            source, target = copied
-            self._keys[:, target], self._values[:, target] = self._keys[:, source], self._values[:, source]
+            for storage in (self._keys, self._values):
+                _copy_block(storage, *copied)
         self._hidden_states[child] = self._hidden_states[slot]
         return child
 
@@ -252,6 +252,12 @@ def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         expected = "no more than this machine can provide"
         raise ArgumentError("kv_cache_memory_bytes", expected, f"{num_bytes} for the keys of a model") from error
     return torch.frombuffer(storage, dtype=dtype).view(shape)
+
+
+def _copy_block(storage: torch.Tensor, source: int, target: int) -> None:
+    """In this thread: torch's would wake for it and then spin on the processors of ours."""
+    blocks = storage.view(torch.uint8).numpy()
+    blocks[:, target] = blocks[:, source]
 
 
 def _grow(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
