@@ -189,10 +189,10 @@ class Schedule:
     def _may_run_ahead(self, stepped: list[Sampling]) -> bool:
         """The same samples go on after this step, as far as one can know, and nobody waits for a place that is free."""
         return (
-            stepped == self._live
+            self._backend.can_run_ahead([sampling.sequence for sampling in stepped])
+            and stepped == self._live
             and not (self._waiting and len(self._live) < self._places)
             and not any(sampling.is_last_step for sampling in stepped)
-            and self._backend.can_run_ahead([sampling.sequence for sampling in stepped])
         )
 
     def _preempt(self) -> None:

@@ -149,7 +149,7 @@ class CachedDecoder:
             CacheFullError: Too few blocks are free; nothing has changed.
         """
         num_blocks = -(-length // BLOCK_SIZE)
-        if num_blocks > self._block_table.shape[1]:
+        if num_blocks > self._table_width:
             self._fit_slots(self._tables.num_slots, num_blocks)
         if self._tables.reserve(slot, length):
             self._write_table(slot)
@@ -223,7 +223,7 @@ class CachedDecoder:
 
     def _write_table(self, slot: int) -> None:
         table = self._tables.table(slot)
-        self._block_table[slot, : len(table)] = torch.tensor(table, dtype=torch.int32)
+        self._block_table.numpy()[slot, : len(table)] = table
 
     def _fit_slots(self, num_slots: int, num_blocks: int = 0) -> None:
         """Grow what is kept per slot, by doubling, to `num_slots` slots of up to `num_blocks` blocks."""
@@ -236,6 +236,7 @@ class CachedDecoder:
     def _bind(self) -> None:
         tensors = (self._keys, self._values, self._block_table, self._hidden_states)
         self.cache = self._extension.PagedCache(*map(to_dlpack, tensors))
+        self._table_width = self._block_table.shape[1]  # asked for at every step
 
 
 def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

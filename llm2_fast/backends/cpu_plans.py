@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.dlpack import to_dlpack
 
@@ -56,18 +57,18 @@ class PlainCpuPlan(CpuPlan):
 
     def __init__(self, extension: ModuleType, llm: CachedDecoder) -> None:
         super().__init__(extension, llm)
-        # Made once: torch's threads would wake for it in every step and then spin on the processors of ours.
-        self._ids = torch.arange(llm.spec.vocab_size, dtype=torch.int32)
-        self._candidates: Candidates | None = None  # the whole vocabulary, as `_tensors` has it
+        self._candidates: Candidates | None = None  # the whole vocabulary, arrays as `_tensors` has them
 
     def step(self, sequences: list[Sequence]) -> list[StepOutput]:
-        picked = self._run(sequences).picked
+        picked = self._run(sequences).arrays.picked
         return step_outputs(sequences, self._candidates, None, picked, [0] * len(sequences))
 
     def _make_tensors(self, sequences: list[Sequence]) -> StepTensors:
-        tensors = StepTensors(self._extension, sequences, max_candidates=1, pick_width=self._llm.spec.vocab_size)
-        usable, ids = tensors.candidates, self._ids.expand(len(sequences), -1)
-        self._candidates = usable._replace(ids=ids, logits=tensors.picked.adjusted, cut=torch.zeros_like(usable.cut))
+        vocab_size = self._llm.spec.vocab_size
+        tensors = StepTensors(self._extension, sequences, max_candidates=1, pick_width=vocab_size)
+        usable, logits = tensors.arrays.candidates, tensors.arrays.picked.adjusted
+        ids = np.broadcast_to(np.arange(vocab_size, dtype=np.int32), logits.shape)
+        self._candidates = usable._replace(ids=ids, logits=logits, cut=np.zeros_like(usable.cut))
         return tensors
 
     def logits(self, sequences: list[Sequence]) -> torch.Tensor:
@@ -117,11 +118,11 @@ class JointCpuPlan(CpuPlan):
             None if seen is None else to_dlpack(seen),
             self._llm.num_threads,
         )
-        for slot, index in zip(slots, tensors.picked.index.tolist(), strict=True):
+        candidates, scores, picked = tensors.arrays
+        for slot, index in zip(slots, picked.index.tolist(), strict=True):
             if index >= 0:
                 self._committed(slot)
-        verifier_rows = self._verifier_rows(tensors.candidates.count.tolist())
-        return step_outputs(sequences, tensors.candidates, tensors.scores, tensors.picked, verifier_rows)
+        return step_outputs(sequences, candidates, scores, picked, self._verifier_rows(candidates.count.tolist()))
 
     def _adapted_slots(self, slots: list[int]) -> tuple[Any, list[int]]:
         """The cache of the branches' adapted twins, if they have any, and their slots."""

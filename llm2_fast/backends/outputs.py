@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from llm2_fast.reference import Candidates, Picked
@@ -15,7 +16,7 @@ _BAD_SCORES = "scores of the verifier: expected a finite adjusted maximum and no
 def step_outputs(
     sequences: list[Sequence],
     candidates: Candidates,
-    scores: torch.Tensor | None,
+    scores: torch.Tensor | np.ndarray | None,
     picked: Picked,
     verifier_rows: list[int],
 ) -> list[StepOutput]:
@@ -23,7 +24,7 @@ def step_outputs(
 
     Args:
         sequences: B of them.
-        candidates: Of each; without a verifier the whole vocabulary.
+        candidates: Of each; without a verifier the whole vocabulary. Tensors, or arrays of the same shapes.
         scores: float32 [B, K], None without a verifier.
         picked: Of each.
         verifier_rows: Token rows that the verifier computed for each.
@@ -52,10 +53,10 @@ def step_outputs(
     return outputs
 
 
-def _trace(row: int, candidates: Candidates, scores: torch.Tensor | None, picked: Picked) -> TraceStep:
+def _trace(row: int, candidates: Candidates, scores: torch.Tensor | np.ndarray | None, picked: Picked) -> TraceStep:
     index, system1_index = int(picked.index[row]), int(picked.system1_index[row])
     count = int(candidates.count[row])
-    shown = torch.arange(count) if scores is not None else torch.tensor([index])
+    shown = slice(count) if scores is not None else slice(index, index + 1)
     return TraceStep(
         candidate_ids=tuple(candidates.ids[row, shown].tolist()),
         logprobs=tuple((candidates.logits[row, shown] - candidates.logsumexp[row]).tolist()),
