@@ -1,6 +1,7 @@
 #include "llm2_fast/decoder.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -32,6 +33,21 @@ char* at(const AlignedBuffer& buffer, int64_t index, int64_t element_size) {
 
 float* floats(const AlignedBuffer& buffer, int64_t index = 0) {
   return static_cast<float*>(buffer.data()) + index;
+}
+
+std::array<const AdaptedLinear*, 4> linear_layers(const DecoderLayer& layer) {
+  return {&layer.qkv, &layer.o, &layer.gate_up, &layer.down};
+}
+
+// The largest rank, made even.
+int64_t widest_update(const DecoderWeights& weights) {
+  int64_t widest = 0;
+  for (const DecoderLayer& layer : weights.layers) {
+    for (const AdaptedLinear* linear : linear_layers(layer)) {
+      if (linear->lora_a) widest = std::max(widest, round_up_to_even(linear->lora_a->out_features()));
+    }
+  }
+  return widest;
 }
 
 float rounded(float value, DType dtype) {
@@ -88,7 +104,8 @@ struct AttentionPart {
 // Buffers of a pass over up to `capacity` rows. Padding is zero from the start and never written.
 struct Decoder::Workspace {
   int64_t capacity = 0;
-  int64_t gated_stride = 0, lora_stride = 0, features_stride = 0;
+  const int64_t gated_stride, lora_stride;
+  int64_t features_stride = 0;
   AlignedBuffer residual;            // float32 [rows, hidden_size]
   AlignedBuffer normed;              // [rows, hidden_size]; after the pass the final hidden states
   AlignedBuffer qkv;                 // float32 [rows, num_heads + 2 * num_kv_heads, head_dim]
@@ -100,9 +117,11 @@ struct Decoder::Workspace {
   AlignedBuffer angles;              // float32 [rotary tables, capacity, 2, head_dim / 2]
   AlignedBuffer features;        // float32 [rows, features_stride]: what the score head reads, then its hidden layer
   std::vector<uint8_t> has_own;  // [rows], all true
-  std::vector<AlignedBuffer> scratch;        // per thread
-  std::vector<AlignedBuffer> few_normed;     // per thread, [kFewRows, hidden_size]
-  std::vector<AlignedBuffer> expanded;       // per thread, of linear layers with int8 weights
+  std::vector<AlignedBuffer> scratch;     // per thread
+  std::vector<AlignedBuffer> few_normed;  // per thread, [kFewRows, hidden_size]
+  int64_t linear_rows = 0;
+  std::vector<AlignedBuffer> linear;         // per thread, the workspace of linear layers
+  std::vector<AlignedBuffer> operands;       // per thread, what a linear layer and its update read
   std::vector<std::vector<PrefixRun>> runs;  // per thread, what its attention reads in a layer
   std::vector<RowRange> tiles;               // rows of one slot and one cache each
   std::vector<AttentionPart> parts;          // of all tiles, if threads are to share a tile
@@ -117,9 +136,11 @@ struct Decoder::Workspace {
   std::vector<float> ranked_logits;    // [threads, rows, capacity of a ranking]
   std::vector<int32_t> ranked_ids;
 
+  explicit Workspace(const DecoderWeights& weights)
+      : gated_stride(round_up_to_even(weights.spec.intermediate_size)), lora_stride(widest_update(weights)) {}
   void reserve(const DecoderWeights& weights, int64_t rows, int64_t head_features);
   void reserve_threads(const DecoderWeights& weights, int num_threads, int64_t scratch_bytes);
-  void reserve_expanded(const DecoderWeights& weights, const KernelTable& table, int num_threads);
+  void reserve_linear(const DecoderWeights& weights, const KernelTable& table, int64_t rows, int num_threads);
   void reserve_selection(const DecoderWeights& weights, int64_t rows);
   void clear_rankings(int num_threads, int64_t rows, int64_t capacity);
 };
@@ -132,13 +153,6 @@ void Decoder::Workspace::reserve(const DecoderWeights& weights, int64_t rows, in
   rows = std::max(rows, capacity);
   capacity = 0;  // until all buffers are there
   features_stride = std::max(features_stride, head_features);
-  gated_stride = round_up_to_even(spec.intermediate_size);
-  lora_stride = 0;
-  for (const DecoderLayer& layer : weights.layers) {
-    for (const AdaptedLinear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
-      if (linear->lora_a) lora_stride = std::max(lora_stride, round_up_to_even(linear->lora_a->out_features()));
-    }
-  }
   residual = AlignedBuffer(rows * spec.hidden_size * 4);
   normed = AlignedBuffer(rows * spec.hidden_size * element);
   qkv = AlignedBuffer(rows * (q_size + 2 * kv_size) * 4);
@@ -164,17 +178,27 @@ void Decoder::Workspace::reserve_threads(const DecoderWeights& weights, int num_
   }
 }
 
-void Decoder::Workspace::reserve_expanded(const DecoderWeights& weights, const KernelTable& table, int num_threads) {
-  if (static_cast<int>(expanded.size()) >= num_threads) return;
-  int64_t bytes = 0;
-  const auto include = [&](const PackedLinear& linear) {
-    bytes = std::max(bytes, table.linear_workspace(weights.spec.dtype, linear.panels()));
-  };
+void Decoder::Workspace::reserve_linear(const DecoderWeights& weights, const KernelTable& table, int64_t rows,
+                                        int num_threads) {
+  if (rows <= linear_rows && static_cast<int>(linear.size()) >= num_threads) return;
+  rows = std::max(rows, linear_rows);
+  linear_rows = 0;  // until all buffers are there
+  linear.clear();
+  operands.clear();
+  const DecoderSpec& spec = weights.spec;
+  int64_t bytes = weights.lm_head ? table.linear_workspace(spec.dtype, weights.lm_head->panels(), rows) : 0;
   for (const DecoderLayer& layer : weights.layers) {
-    for (const AdaptedLinear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) include(*linear->weight);
+    for (const AdaptedLinear* adapted : linear_layers(layer)) {
+      bytes = std::max(bytes, table.linear_workspace(spec.dtype, adapted->weight->panels(), rows));
+    }
   }
-  if (weights.lm_head) include(*weights.lm_head);
-  while (static_cast<int>(expanded.size()) < num_threads) expanded.emplace_back(bytes);
+  const int64_t depth = std::max({spec.hidden_size, spec.num_heads * spec.head_dim, gated_stride});
+  const int64_t operand_bytes = table.operands_size(spec.dtype, rows, depth + lora_stride);
+  for (int i = 0; i < num_threads; ++i) {
+    linear.emplace_back(bytes);
+    operands.emplace_back(operand_bytes);
+  }
+  linear_rows = rows;
 }
 
 void Decoder::Workspace::reserve_selection(const DecoderWeights& weights, int64_t rows) {
@@ -221,6 +245,7 @@ class Decoder::Pass {
 
  private:
   class Normed;
+  class Operands;
   class PrefixReader;
 
   void divide_tiles();
@@ -286,6 +311,31 @@ class Decoder::Pass::Normed {
   const std::vector<float>& weight_;
   const AlignedBuffer* own_ = nullptr;
   const void* data_ = nullptr;
+};
+
+// What a linear layer reads, `rows` of `depth`, as operands. Each worker with a share of the layer makes them for
+// itself, once.
+class Decoder::Pass::Operands {
+ public:
+  Operands(const Pass& pass, int64_t rows, int64_t depth, void* buffer)
+      : pass_(pass), rows_(rows), depth_(depth), buffer_(buffer) {}
+
+  int64_t size() const { return pass_.table_.operands_size(pass_.spec_.dtype, rows_, depth_); }
+
+  // `input()` is asked for at the first call.
+  template <typename Input>
+  const LinearInput& of(const Input& input) {
+    if (made_.rows == nullptr) {
+      made_ = pass_.table_.operands(pass_.spec_.dtype, input(), rows_, depth_, buffer_);
+    }
+    return made_;
+  }
+
+ private:
+  const Pass& pass_;
+  int64_t rows_, depth_;
+  void* buffer_;
+  LinearInput made_ = {nullptr, 0};
 };
 
 // Copies one position of keys or values [num_kv_heads, head_dim], those of `kv_heads`, to a slot of the cache.
@@ -420,19 +470,24 @@ void Decoder::Pass::apply(const AdaptedLinear& linear, Input&& input, int64_t in
   args.dtype = spec_.dtype;
   const int64_t first = rows_.first_adapted;
   const bool updated = linear.lora_a && has_adapted();
+  const size_t index = static_cast<size_t>(worker.index());
+  args.workspace = work_.linear[index].data();
+  char* buffer = static_cast<char*>(work_.operands[index].data());
   if (updated) {
     args.rows = rows_.count - first;
     args.out_features = linear.lora_a->out_features();
     args.epilogue = Epilogue::kStore;
     args.output = at(work_.lora, first * work_.lora_stride, element_);
     args.output_stride = work_.lora_stride;
+    Operands inputs(*this, args.rows, linear.lora_a->depth(), buffer);
     const auto work = [&](RowRange panels) {
-      const char* rows = static_cast<const char*>(input()) + first * input_stride * element_;
-      args.weights = {linear.lora_a->panels(), rows, input_stride};
+      args.weights = {linear.lora_a->panels(), inputs.of([&] {
+                        const char* rows = static_cast<const char*>(input());
+                        return LinearInput{rows + first * input_stride * element_, input_stride};
+                      })};
       table_.linear(args, panels);
     };
     worker.each(linear.lora_a->num_panels(), work, Prefetch(linear.weight.get(), worker));
-    args.update = {linear.lora_b->panels(), work_.lora.data(), work_.lora_stride};
     args.first_updated = first;
   }
   args.rows = rows_.count;
@@ -441,9 +496,14 @@ void Decoder::Pass::apply(const AdaptedLinear& linear, Input&& input, int64_t in
   args.epilogue = epilogue;
   args.output = output;
   args.output_stride = output_stride;
-  args.workspace = work_.expanded[static_cast<size_t>(worker.index())].data();
+  Operands inputs(*this, rows_.count, linear.weight->depth(), buffer);
+  Operands updates(*this, rows_.count, work_.lora_stride, buffer + inputs.size());
   const auto work = [&](RowRange panels) {
-    args.weights = {linear.weight->panels(), input(), input_stride};
+    args.weights = {linear.weight->panels(), inputs.of([&] { return LinearInput{input(), input_stride}; })};
+    if (updated) {
+      args.update = {linear.lora_b->panels(),
+                     updates.of([&] { return LinearInput{work_.lora.data(), work_.lora_stride}; })};
+    }
     table_.linear(args, panels);
   };
   worker.each(linear.weight->num_panels(), work, Prefetch(next, has_adapted(), worker));
@@ -680,7 +740,7 @@ void Decoder::Pass::score(int64_t row) const {
 }
 
 Decoder::Decoder(DecoderWeights weights, Isa isa)
-    : weights_(std::move(weights)), isa_(isa), workspace_(new Workspace) {}
+    : weights_(std::move(weights)), isa_(isa), workspace_(new Workspace(weights_)) {}
 
 Decoder::~Decoder() = default;
 
@@ -698,7 +758,7 @@ void Decoder::forward(const PagedCache& cache, const DecoderRows& rows, const Sc
   workspace_->stored.assign(rows.stored, rows.stored + rows.count);
   Pass pass(*this, cache, rows, head, scores);
   workspace_->reserve_threads(weights_, num_threads, pass.scratch_bytes());
-  workspace_->reserve_expanded(weights_, kernels(isa_), num_threads);
+  workspace_->reserve_linear(weights_, kernels(isa_), rows.count, num_threads);
   pass.plan(num_threads);
   const int64_t num_phases = 2 + kPhasesPerLayer * static_cast<int64_t>(weights_.layers.size());
   run_parallel(num_threads, num_phases, [&](Worker& worker) { pass.run(worker); });
@@ -738,17 +798,20 @@ void Decoder::select(const PagedCache& cache, const int32_t* slots, int64_t coun
       logits};
   LinearArgs linear = {};
   linear.dtype = spec().dtype;
-  linear.weights = {lm_head.panels(), work.last.data(), spec().hidden_size};
   linear.rows = count;
   linear.out_features = lm_head.out_features();
   linear.bias = lm_head.bias();
   linear.epilogue = Epilogue::kSelect;
   linear.select = &fold;
   const KernelTable& table = kernels(isa_);
-  work.reserve_expanded(weights_, table, num_threads);
+  work.reserve_linear(weights_, table, count, num_threads);
   run_parallel(num_threads, 2, [&](Worker& worker) {
+    const size_t index = static_cast<size_t>(worker.index());
+    const LinearInput last = {work.last.data(), spec().hidden_size};
     LinearArgs mine = linear;
-    mine.workspace = work.expanded[static_cast<size_t>(worker.index())].data();
+    mine.weights = {lm_head.panels(),
+                    table.operands(spec().dtype, last, count, spec().hidden_size, work.operands[index].data())};
+    mine.workspace = work.linear[index].data();
     mine.rankings = fold.rankings + worker.index() * count;
     worker.each(lm_head.num_panels(), [&](RowRange panels) { table.linear(mine, panels); });
     worker.each(count, [&](RowRange rows) { table.finish_selection(fold, num_threads, count, rows); });

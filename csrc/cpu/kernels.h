@@ -36,11 +36,16 @@ struct PackArgs {
   int64_t group_size;
 };
 
+// Rows [rows, depth] that a linear layer reads, zeros in the padding.
+struct LinearInput {
+  const void* rows;
+  int64_t stride;  // elements
+};
+
 // One product W x.
 struct LinearTerm {
   PackedPanels panels;
-  const void* input;  // [rows, depth], zeros in the padding
-  int64_t input_stride;
+  LinearInput input;  // as `operands` made it
 };
 
 enum class Epilogue {
@@ -78,7 +83,7 @@ struct SelectFold {
 
 // The product with the packed weights, plus a low-rank update's for the rows from `first_updated` on.
 struct LinearArgs {
-  DType dtype;  // of the inputs, and of weights without scales
+  DType dtype;  // of the inputs, before they became operands, and of weights without scales
   LinearTerm weights;
   LinearTerm update;  // `panels.packed` is null if there is none
   int64_t first_updated;
@@ -90,7 +95,7 @@ struct LinearArgs {
   int64_t output_stride;
   const SelectFold* select;  // with kSelect
   LogitRanking* rankings;    // [rows], of the calling thread, with kSelect
-  void* workspace;           // `linear_workspace` bytes, of the calling thread
+  void* workspace;           // `linear_workspace` bytes, of the calling thread; more for fewer rows will do
 };
 
 // Queries and keys get their norm, if there is one, and their rotary position; values are converted only. Key/value
@@ -135,7 +140,11 @@ struct KernelTable {
   // Weights [size] of one output feature, as float32.
   void (*unpack_row)(DType dtype, const PackedPanels& panels, int64_t row, int64_t size, float* output);
   void (*linear)(const LinearArgs& args, RowRange panels);
-  int64_t (*linear_workspace)(DType dtype, const PackedPanels& panels);  // zero unless they are int8
+  int64_t (*linear_workspace)(DType dtype, const PackedPanels& panels, int64_t rows);
+  // The input of `linear`, of the dtype, as what the tier multiplies: copies in `buffer`, of `operands_size` bytes, or
+  // if there are none of these the same rows.
+  LinearInput (*operands)(DType dtype, const LinearInput& input, int64_t rows, int64_t depth, void* buffer);
+  int64_t (*operands_size)(DType dtype, int64_t rows, int64_t depth);
   // Writes the outputs of a selection whose panels have all been folded.
   void (*finish_selection)(const SelectFold& select, int num_threads, int64_t rows, RowRange range);
   // output = weight * x / sqrt(mean(x^2) + eps), [size].

@@ -33,6 +33,7 @@ constexpr SmallIntegers kSmallIntegers;
 template <>
 struct MultiplyAdd<BFloat16> {
   static constexpr int kDepth = 2;
+  static constexpr int64_t kBlockBytes = int64_t{1} << 40;  // no limit: from the second-level cache it is as fast
   using Operand = __m512bh;
   using Element = BFloat16;
   static inline Vec elements(const BFloat16* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
@@ -40,17 +41,6 @@ struct MultiplyAdd<BFloat16> {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << n) - 1), p));
   }
   static inline Operand strip(const BFloat16* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
-  static inline void weights(const BFloat16* p, Operand* strips) {
-    for (int s = 0; s < kStrips; ++s) strips[s] = strip(p + s * kLanes * kDepth);
-  }
-  // Sign and magnitude become bfloat16 by two look-ups, each in a table of two registers that bits 0 to 6 index.
-  static inline void weights(const int8_t* p, Operand* strips) {
-    const __m512i stored = _mm512_loadu_si512(p);
-    const __m512i low = look_up(kSmallIntegers.low, stored), high = look_up(kSmallIntegers.high, stored);
-    const __m512i sign = _mm512_and_si512(stored, _mm512_set1_epi8(-128)), signed_high = _mm512_or_si512(high, sign);
-    strips[0] = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi8(low, signed_high));
-    strips[1] = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi8(low, signed_high));
-  }
   static inline void store_strip(BFloat16* p, Operand strip) {
     _mm512_storeu_si512(p, reinterpret_cast<__m512i>(strip));
   }
@@ -60,10 +50,33 @@ struct MultiplyAdd<BFloat16> {
     return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
   }
   static inline Vec apply(Operand weights, Operand inputs, Vec sum) { return _mm512_dpbf16_ps(sum, weights, inputs); }
+};
 
+template <>
+struct WeightStep<BFloat16, BFloat16> {
+  static constexpr int kDepth = 2;
+  static inline int64_t index(int64_t lane, int64_t k) { return lane * kDepth + k; }
+  template <int kTurn>
+  static inline void load_turn(const BFloat16* p, __m512bh* strips) {
+    for (int s = 0; s < kStrips; ++s) strips[s] = MultiplyAdd<BFloat16>::strip(p + s * kLanes * kDepth);
+  }
+};
+
+template <>
+struct WeightStep<BFloat16, int8_t> {
+  static constexpr int kDepth = 2;
   // Each quarter of a register holds four features of either strip, since that is what unpacking separates.
-  static inline int64_t int8_offset(int64_t lane, int64_t k) {
+  static inline int64_t index(int64_t lane, int64_t k) {
     return lane % kLanes / 4 * 16 + lane / kLanes * 8 + lane % 4 * 2 + k;
+  }
+  // Sign and magnitude become bfloat16 by two look-ups, each in a table of two registers that bits 0 to 6 index.
+  template <int kTurn>
+  static inline void load_turn(const int8_t* p, __m512bh* strips) {
+    const __m512i stored = _mm512_loadu_si512(p);
+    const __m512i low = look_up(kSmallIntegers.low, stored), high = look_up(kSmallIntegers.high, stored);
+    const __m512i sign = _mm512_and_si512(stored, _mm512_set1_epi8(-128)), signed_high = _mm512_or_si512(high, sign);
+    strips[0] = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi8(low, signed_high));
+    strips[1] = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi8(low, signed_high));
   }
   static inline int8_t encode(int8_t value) { return static_cast<int8_t>(value < 0 ? -128 - value : value); }
   static inline int8_t decode(int8_t stored) { return encode(stored); }

@@ -28,6 +28,8 @@ const KernelTable kKernels = {
     unpack_row,
     linear,
     linear_workspace,
+    operands,
+    operands_size,
     finish_selection,
     rms_norm,
     rope,

@@ -1,8 +1,10 @@
 // Linear layers over packed weights, y = epilogue(W x + B a + bias) with B a the update of some rows.
 //
-// A panel of weights, see packing.h, is multiplied with up to kRowsAtOnce rows whose sums stay in registers. int8
-// weights become operands of the multiply-add on their way into the registers, which is exact; a group's sum of q x is
-// then multiplied by its scale. For many rows a panel is converted once, into the caller's workspace.
+// A panel of weights, see packing.h, is multiplied with up to kRowsAtOnce rows whose sums stay in registers. Weights
+// become operands of the multiply-add on their way into the registers, which is exact; a group's sum of int8 weights is
+// then multiplied by its scale. For many rows int8 is converted once, into the caller's workspace. Inputs have been
+// converted before, see `operands`: each is read for every panel. With several tiles of rows a panel is taken in parts
+// of its depth that stay in the first-level cache.
 //
 // Every product is one chain of multiply-adds over the depth, with scales one per group and one over the groups. So its
 // bits depend neither on the rows it is computed with nor on the thread, and few rows and many give the same.
@@ -29,9 +31,23 @@ struct RowTile {
 };
 
 // Tiles are as equal as can be: few rows take as long as some more.
-static inline RowTile row_tile(int64_t rows, int64_t index, int64_t rows_at_once) {
-  const int64_t count = (rows + rows_at_once - 1) / rows_at_once;
+static inline RowTile row_tile(int64_t rows, int64_t index, int64_t count) {
   return {{rows * index / count, rows * (index + 1) / count}, index, count};
+}
+
+// Inputs from `begin` to `end`: a part of the depth, of whole steps and groups.
+struct DepthRange {
+  int64_t begin, end;
+};
+
+// How many inputs are multiplied at once where there are several tiles, so that their weights in a panel stay in the
+// first-level cache from tile to tile. As equal as can be, too.
+template <typename Element, typename Weight>
+static int64_t block_depth(int64_t depth, int64_t group_size) {
+  constexpr int64_t kBytes = kPanelWidth * sizeof(Weight) + kRowsAtOnce * sizeof(Element);  // per input
+  constexpr int64_t kMost = MultiplyAdd<Element>::kBlockBytes / kBytes;
+  const int64_t unit = group_size > 0 ? group_size : 16, count = (depth + kMost - 1) / kMost;
+  return (depth + count * unit - 1) / (count * unit) * unit;
 }
 
 // Weights to ask for while others are multiplied. If the packed ones are read, and once, they lie ahead in the same
@@ -41,44 +57,65 @@ struct Ahead {
   const char* weights;
   int64_t stride;  // bytes per step
 
-  Ahead(const char* packed, int64_t panel_bytes, int64_t steps, const RowTile& tile, bool same) {
-    weights = packed + (same ? kPrefetchBytes : panel_bytes + panel_bytes * tile.index / tile.count);
-    stride = panel_bytes / steps / tile.count;
+  Ahead(const char* packed, int64_t panel_bytes, const RowTile& tile, DepthRange range, int64_t depth,
+        int64_t step_depth, bool same) {
+    const int64_t done = range.begin * tile.count + (range.end - range.begin) * tile.index;
+    weights = packed + (same ? kPrefetchBytes : panel_bytes + panel_bytes * done / (depth * tile.count));
+    stride = panel_bytes * step_depth / (depth * tile.count);
   }
 };
 
-// The int8 weights of a panel as operands of the multiply-add, in the order of packed ones.
-template <typename T>
-static void expand_panel(const PackedPanels& panels, int64_t panel, typename MultiplyAdd<T>::Element* expanded) {
-  using Step = MultiplyAdd<T>;
-  const int8_t* weights = static_cast<const int8_t*>(panels.packed) + panel * kPanelWidth * panels.depth;
-  for (int64_t k = 0; k < panels.depth; k += Step::kDepth, weights += kPanelWidth * Step::kDepth) {
-    typename Step::Operand strip[kStrips];
-    Step::weights(weights, strip);
-    for (int s = 0; s < kStrips; ++s, expanded += kLanes * Step::kDepth) Step::store_strip(expanded, strip[s]);
+// int8 weights of a panel as operands of the multiply-add, in the order of packed ones.
+template <typename Element>
+static void expand(const PackedPanels& panels, int64_t panel, DepthRange range, Element* expanded) {
+  using Product = MultiplyAdd<Element>;
+  using Step = WeightStep<Element, int8_t>;
+  static_assert(Step::kDepth == WeightStep<Element, Element>::kDepth, "steps become steps");
+  const int8_t* weights =
+      static_cast<const int8_t*>(panels.packed) + (panel * panels.depth + range.begin) * kPanelWidth;
+  for (int64_t k = range.begin; k < range.end; k += Step::kDepth, weights += kPanelWidth * Step::kDepth) {
+    typename Product::Operand strip[kStrips];
+    Step::template load_turn<0>(weights, strip);
+    for (int s = 0; s < kStrips; ++s, expanded += kLanes * Step::kDepth) Product::store_strip(expanded, strip[s]);
   }
 }
 
-// sum[r] = W x for the kRows rows of a tile and the output features of a panel, over inputs from `begin` to `end`. Goes
-// on in the weights.
-template <typename T, typename Weight, int kRows>
-static inline __attribute__((always_inline)) void multiply_group(const T* inputs, int64_t input_stride, int64_t begin,
-                                                                 int64_t end, const Weight*& weights, Ahead& ahead,
-                                                                 Vec (&sum)[kRows][kStrips]) {
-  using Step = MultiplyAdd<T>;
-  constexpr int64_t kStepSize = int64_t{kPanelWidth} * Step::kDepth, kStepBytes = kStepSize * int64_t{sizeof(Weight)};
+// Adds the products of one turn of a step.
+template <typename Element, int kTurn, typename Weight, int kRows>
+static inline __attribute__((always_inline)) void add_turn(const Element* inputs, int64_t input_stride,
+                                                           const Weight* weights, Vec (&sum)[kRows][kStrips]) {
+  using Product = MultiplyAdd<Element>;
+  typename Product::Operand strip[kStrips];
+  WeightStep<Element, Weight>::template load_turn<kTurn>(weights, strip);
   for (int r = 0; r < kRows; ++r) {
-    for (int s = 0; s < kStrips; ++s) sum[r][s] = set1(0.0f);
+    const typename Product::Operand input = Product::inputs(inputs + r * input_stride + kTurn * Product::kDepth);
+    for (int s = 0; s < kStrips; ++s) sum[r][s] = Product::apply(strip[s], input, sum[r][s]);
   }
-  for (int64_t k = begin; k < end; k += Step::kDepth, weights += kStepSize, ahead.weights += ahead.stride) {
+}
+
+// sum[r] += W x for the kRows rows of a tile and the output features of a panel, over the inputs of `range`. Goes on in
+// the weights.
+template <typename Element, typename Weight, int kRows>
+static inline __attribute__((always_inline)) void add_products(const Element* inputs, int64_t input_stride,
+                                                               DepthRange range, const Weight*& weights, Ahead& ahead,
+                                                               Vec (&sum)[kRows][kStrips]) {
+  using Step = WeightStep<Element, Weight>;
+  constexpr int64_t kStepSize = int64_t{kPanelWidth} * Step::kDepth, kStepBytes = kStepSize * int64_t{sizeof(Weight)};
+  for (int64_t k = range.begin; k < range.end; k += Step::kDepth, weights += kStepSize, ahead.weights += ahead.stride) {
     // Past the end a prefetch does nothing.
     for (int64_t line = 0; line < kStepBytes; line += kCacheLine) prefetch(ahead.weights + line);
-    typename Step::Operand strip[kStrips];
-    Step::weights(weights, strip);
-    for (int r = 0; r < kRows; ++r) {
-      const typename Step::Operand input = Step::inputs(inputs + r * input_stride + k);
-      for (int s = 0; s < kStrips; ++s) sum[r][s] = Step::apply(strip[s], input, sum[r][s]);
+    add_turn<Element, 0>(inputs + k, input_stride, weights, sum);
+    if constexpr (Step::kDepth > MultiplyAdd<Element>::kDepth) {
+      add_turn<Element, 1>(inputs + k, input_stride, weights, sum);
     }
+  }
+}
+
+// Zero, or what is stored.
+template <int kRows>
+static inline void load_tile(const float* sums, bool zero, Vec (&values)[kRows][kStrips]) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int s = 0; s < kStrips; ++s) values[r][s] = zero ? set1(0.0f) : load(sums + r * kPanelWidth + s * kLanes);
   }
 }
 
@@ -89,70 +126,98 @@ static inline void store_tile(const Vec (&values)[kRows][kStrips], float* sums) 
   }
 }
 
-// sums[r][i] = W x for the kRows rows of a tile and the output features of a panel, whose weights are T or, with
-// scales, int8 or such that were expanded.
-template <typename T, bool kScaled, typename Weight, int kRows>
-static void multiply_panel(const LinearTerm& term, int64_t panel, const RowTile& tile, const Weight* weights,
-                           float* sums) {
+// Goes on with sums[r][i] = W x, without the scale if there is but one per output feature, for the kRows rows of a tile
+// and the output features of a panel. `weights` are those of `range`, packed or expanded.
+template <typename Element, bool kGroups, typename Weight, int kRows>
+static void multiply_tile(const LinearTerm& term, int64_t panel, const RowTile& tile, DepthRange range,
+                          const Weight* weights, float* sums) {
   const PackedPanels& panels = term.panels;
-  const int64_t depth = panels.depth, panel_bytes = kPanelWidth * depth * (kScaled ? 1 : int64_t{sizeof(T)});
+  const int64_t depth = panels.depth, panel_size = kPanelWidth * depth;
+  const int64_t panel_bytes = panel_size * (panels.scales == nullptr ? int64_t{sizeof(Weight)} : 1);
   const char* packed = static_cast<const char*>(panels.packed) + panel * panel_bytes;
   const bool in_place = reinterpret_cast<const char*>(weights) == packed;
-  Ahead ahead(packed, panel_bytes, depth / MultiplyAdd<T>::kDepth, tile, in_place && tile.count == 1);
-  const T* inputs = static_cast<const T*>(term.input) + tile.rows.begin * term.input_stride;
+  Ahead ahead(packed, panel_bytes, tile, range, depth, WeightStep<Element, Weight>::kDepth,
+              in_place && tile.count == 1);
+  const int64_t stride = term.input.stride;
+  const Element* inputs = static_cast<const Element*>(term.input.rows) + tile.rows.begin * stride;
   Vec sum[kRows][kStrips];
-  if constexpr (!kScaled) {
-    multiply_group(inputs, term.input_stride, 0, depth, weights, ahead, sum);
-    store_tile(sum, sums);
+  load_tile(sums, range.begin == 0, sum);
+  if constexpr (!kGroups) {
+    add_products(inputs, stride, range, weights, ahead, sum);
   } else {
-    const float* scales = panels.scales + panel * kPanelWidth * num_groups(depth, panels.group_size);
-    Vec total[kRows][kStrips] = {};  // of the groups so far
-    for (int64_t begin = 0; begin < depth; begin += panels.group_size, scales += kPanelWidth) {
-      const int64_t end = begin + panels.group_size < depth ? begin + panels.group_size : depth;
-      multiply_group(inputs, term.input_stride, begin, end, weights, ahead, sum);
+    const int64_t group_size = panels.group_size;
+    const float* scales =
+        panels.scales + (panel * num_groups(depth, group_size) + range.begin / group_size) * kPanelWidth;
+    for (int64_t begin = range.begin; begin < range.end; begin += group_size, scales += kPanelWidth) {
+      Vec group[kRows][kStrips];
+      load_tile(sums, true, group);
+      const int64_t end = begin + group_size < range.end ? begin + group_size : range.end;
+      add_products(inputs, stride, {begin, end}, weights, ahead, group);
       for (int r = 0; r < kRows; ++r) {
-        for (int s = 0; s < kStrips; ++s) total[r][s] = fma(load(scales + s * kLanes), sum[r][s], total[r][s]);
+        for (int s = 0; s < kStrips; ++s) sum[r][s] = fma(load(scales + s * kLanes), group[r][s], sum[r][s]);
       }
     }
-    store_tile(total, sums);
+  }
+  store_tile(sum, sums);
+}
+
+template <typename Element, bool kGroups, typename Weight, int kRows = kRowsAtOnce>
+static void multiply_rows(const LinearTerm& term, int64_t panel, const RowTile& tile, DepthRange range,
+                          const Weight* weights, float* sums) {
+  if (tile.rows.end - tile.rows.begin == kRows) {
+    multiply_tile<Element, kGroups, Weight, kRows>(term, panel, tile, range, weights, sums);
+  } else if constexpr (kRows > 1) {
+    multiply_rows<Element, kGroups, Weight, kRows - 1>(term, panel, tile, range, weights, sums);
   }
 }
 
-template <typename T, bool kScaled, typename Weight, int kRows = kRowsAtOnce>
-static void multiply_rows(const LinearTerm& term, int64_t panel, const RowTile& tile, const Weight* weights,
-                          float* sums) {
-  if (tile.rows.end - tile.rows.begin == kRows) {
-    multiply_panel<T, kScaled, Weight, kRows>(term, panel, tile, weights, sums);
-  } else if constexpr (kRows > 1) {
-    multiply_rows<T, kScaled, Weight, kRows - 1>(term, panel, tile, weights, sums);
-  }
+static inline bool has_groups(const PackedPanels& panels) {
+  return panels.scales != nullptr && panels.group_size < panels.depth;
 }
 
 // `expanded` is null if the packed weights are to be read.
 template <typename T>
-static void multiply(const LinearTerm& term, int64_t panel, const RowTile& tile,
+static void multiply(const LinearTerm& term, int64_t panel, const RowTile& tile, DepthRange range,
                      const typename MultiplyAdd<T>::Element* expanded, float* sums) {
-  const int64_t first = panel * kPanelWidth * term.panels.depth;
-  if (term.panels.scales == nullptr) {
-    multiply_rows<T, false>(term, panel, tile, static_cast<const T*>(term.panels.packed) + first, sums);
+  using Element = typename MultiplyAdd<T>::Element;
+  const PackedPanels& panels = term.panels;
+  const int64_t first = (panel * panels.depth + range.begin) * kPanelWidth;
+  const auto with = [&](const auto* weights) {
+    has_groups(panels) ? multiply_rows<Element, true>(term, panel, tile, range, weights, sums)
+                       : multiply_rows<Element, false>(term, panel, tile, range, weights, sums);
+  };
+  if (panels.scales == nullptr) {
+    multiply_rows<Element, false>(term, panel, tile, range, static_cast<const T*>(panels.packed) + first, sums);
   } else if (expanded == nullptr) {
-    multiply_rows<T, true>(term, panel, tile, static_cast<const int8_t*>(term.panels.packed) + first, sums);
+    with(static_cast<const int8_t*>(panels.packed) + first);
   } else {
-    multiply_rows<T, true>(term, panel, tile, expanded, sums);
+    with(expanded);
+  }
+}
+
+// sums[r] *= the scales of output features that have one each.
+static void apply_scales(const PackedPanels& panels, int64_t panel, int64_t rows, float* sums) {
+  const float* scales = panels.scales + panel * kPanelWidth;
+  for (int64_t row = 0; row < rows; ++row, sums += kPanelWidth) {
+    for (int64_t i = 0; i < kPanelWidth; i += kLanes) store(sums + i, mul(load(scales + i), load(sums + i)));
   }
 }
 
 // Adds the update to the sums of those rows that have one.
 template <typename T>
-static void add_update(const LinearArgs& args, int64_t panel, const RowTile& tile, float* sums) {
-  const int64_t begin = tile.rows.begin, end = tile.rows.end;
-  const int64_t first = begin > args.first_updated ? begin : args.first_updated;
-  if (args.update.panels.packed == nullptr || first >= end) return;
-  float update[kRowsAtOnce * kPanelWidth];
-  multiply<T>(args.update, panel, {{first, end}, tile.index, tile.count}, nullptr, update);
-  sums += (first - begin) * kPanelWidth;
-  for (int64_t i = 0; i < (end - first) * kPanelWidth; i += kLanes) {
-    store(sums + i, add(load(sums + i), load(update + i)));
+static void add_update(const LinearArgs& args, int64_t panel, float* sums) {
+  const int64_t first = args.first_updated, rows = args.rows - first;
+  if (args.update.panels.packed == nullptr) return;
+  const int64_t num_tiles = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  for (int64_t index = 0; index < num_tiles; ++index) {
+    RowTile tile = row_tile(rows, index, num_tiles);
+    tile.rows = {first + tile.rows.begin, first + tile.rows.end};
+    float update[kRowsAtOnce * kPanelWidth];
+    multiply<T>(args.update, panel, tile, {0, args.update.panels.depth}, nullptr, update);
+    float* updated = sums + tile.rows.begin * kPanelWidth;
+    for (int64_t i = 0; i < (tile.rows.end - tile.rows.begin) * kPanelWidth; i += kLanes) {
+      store(updated + i, add(load(updated + i), load(update + i)));
+    }
   }
 }
 
@@ -203,17 +268,17 @@ static inline void add_bias(const float* bias, int64_t rows, float* sums) {
   }
 }
 
-// Writes the features of a panel for some rows, whose sums are given.
+// Writes the features of a panel, whose sums are given.
 template <typename T>
-static void finish_rows(const LinearArgs& args, int64_t panel, RowRange rows, float* sums) {
+static void finish_rows(const LinearArgs& args, int64_t panel, float* sums) {
   const int64_t features = is_gated(args.epilogue) ? kLanes : kPanelWidth;
   const int64_t first = panel * features, rest = args.out_features - first;
   const int64_t size = rest < features ? rest : features;
-  if (args.bias != nullptr) add_bias(args.bias + panel * kPanelWidth, rows.end - rows.begin, sums);
+  if (args.bias != nullptr) add_bias(args.bias + panel * kPanelWidth, args.rows, sums);
   // A loop per epilogue: what does not change from row to row stays in registers.
   const auto each_row = [&](const auto& finish) {
     float* of_row = sums;
-    for (int64_t row = rows.begin; row < rows.end; ++row, of_row += kPanelWidth) {
+    for (int64_t row = 0; row < args.rows; ++row, of_row += kPanelWidth) {
       finish(row, of_row, row * args.output_stride + first);
     }
   };
@@ -248,25 +313,50 @@ static void finish_rows(const LinearArgs& args, int64_t panel, RowRange rows, fl
   }
 }
 
+// How a product is divided, which changes none of its bits.
+template <typename T>
+struct Division {
+  using Element = typename MultiplyAdd<T>::Element;
+
+  bool expands;  // int8 weights, before they are multiplied
+  int64_t rows_at_once, depth_at_once;
+
+  Division(const PackedPanels& panels, int64_t rows) {
+    const bool quantized = panels.scales != nullptr, groups = has_groups(panels);
+    expands = quantized && rows >= kManyRows;
+    // Sums of a group and of the groups before it are to fit the registers together.
+    rows_at_once = expands && groups ? kRowsAtOnceInGroups : kRowsAtOnce;
+    const int64_t group_size = groups ? panels.group_size : 0;
+    const int64_t block = quantized ? block_depth<Element, Element>(panels.depth, group_size)
+                                    : block_depth<Element, T>(panels.depth, group_size);
+    depth_at_once = (rows > rows_at_once || expands) && block < panels.depth ? block : panels.depth;
+  }
+
+  // Bytes of the weights that are expanded at once.
+  int64_t expanded_bytes() const { return expands ? depth_at_once * kPanelWidth * int64_t{sizeof(Element)} : 0; }
+};
+
 template <typename T>
 static void linear_of(const LinearArgs& args, RowRange panels) {
-  using Element = typename MultiplyAdd<T>::Element;
-  float sums[kRowsAtOnce * kPanelWidth];
   const PackedPanels& packed = args.weights.panels;
-  const bool expand = packed.scales != nullptr && args.rows >= kManyRows;
-  Element* expanded = expand ? static_cast<Element*>(args.workspace) : nullptr;
-  // Sums of a group and of the groups before it are to fit the registers together.
-  const int64_t rows_at_once = expand && packed.group_size < packed.depth ? kRowsAtOnce / 2 : kRowsAtOnce;
+  const Division<T> division(packed, args.rows);
+  const int64_t num_tiles = (args.rows + division.rows_at_once - 1) / division.rows_at_once;
+  char* workspace = static_cast<char*>(args.workspace);
+  auto* expanded = division.expands ? reinterpret_cast<typename MultiplyAdd<T>::Element*>(workspace) : nullptr;
+  float* sums = reinterpret_cast<float*>(workspace + division.expanded_bytes());
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    if (expand) expand_panel<T>(packed, panel, expanded);
-    int64_t row = 0;
-    for (int64_t index = 0; row < args.rows; ++index) {
-      const RowTile tile = row_tile(args.rows, index, rows_at_once);
-      multiply<T>(args.weights, panel, tile, expanded, sums);
-      add_update<T>(args, panel, tile, sums);
-      finish_rows<T>(args, panel, tile.rows, sums);
-      row = tile.rows.end;
+    for (DepthRange range = {0, 0}; range.end < packed.depth; range.begin = range.end) {
+      range.end =
+          range.begin + division.depth_at_once < packed.depth ? range.begin + division.depth_at_once : packed.depth;
+      if (division.expands) expand(packed, panel, range, expanded);
+      for (int64_t index = 0; index < num_tiles; ++index) {
+        const RowTile tile = row_tile(args.rows, index, num_tiles);
+        multiply<T>(args.weights, panel, tile, range, expanded, sums + tile.rows.begin * kPanelWidth);
+      }
     }
+    if (packed.scales != nullptr && !has_groups(packed)) apply_scales(packed, panel, args.rows, sums);
+    add_update<T>(args, panel, sums);
+    finish_rows<T>(args, panel, sums);
   }
 }
 
@@ -275,10 +365,30 @@ static void linear(const LinearArgs& args, RowRange panels) {
 }
 
 // Bytes of LinearArgs::workspace.
-static int64_t linear_workspace(DType dtype, const PackedPanels& panels) {
-  const size_t element =
-      dtype == DType::kFloat32 ? sizeof(MultiplyAdd<float>::Element) : sizeof(MultiplyAdd<BFloat16>::Element);
-  return panels.scales == nullptr ? 0 : kPanelWidth * panels.depth * static_cast<int64_t>(element);
+static int64_t linear_workspace(DType dtype, const PackedPanels& panels, int64_t rows) {
+  const int64_t expanded = dtype == DType::kFloat32 ? Division<float>(panels, rows).expanded_bytes()
+                                                    : Division<BFloat16>(panels, rows).expanded_bytes();
+  return expanded + rows * kPanelWidth * int64_t{sizeof(float)};
+}
+
+static int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat32 ? sizeof(MultiplyAdd<float>::Element) : sizeof(MultiplyAdd<BFloat16>::Element);
+}
+
+static int64_t operands_size(DType dtype, int64_t rows, int64_t depth) {
+  return element_size(dtype) == size_of(dtype) ? 0 : rows * depth * element_size(dtype);
+}
+
+static LinearInput operands(DType dtype, const LinearInput& input, int64_t rows, int64_t depth, void* buffer) {
+  if (operands_size(dtype, rows, depth) == 0) return input;
+  const BFloat16* from = static_cast<const BFloat16*>(input.rows);
+  float* to = static_cast<float*>(buffer);
+  for (int64_t row = 0; row < rows; ++row, from += input.stride, to += depth) {
+    int64_t k = 0;
+    for (; k + kLanes <= depth; k += kLanes) store(to + k, load(from + k));
+    for (; k < depth; ++k) to[k] = to_float(from[k]);
+  }
+  return {buffer, depth};
 }
 
 }  // namespace LLM2_FAST_TIER

@@ -217,18 +217,19 @@ void PackedLinear::unpack_row(int64_t row, float* output) const {
 }
 
 void PackedLinear::multiply(const void* input, int64_t rows, float* output, int num_threads) const {
+  const KernelTable& table = kernels(isa_);
+  const AlignedBuffer buffer(table.operands_size(dtype_, rows, depth_));
   LinearArgs args = {};
   args.dtype = dtype_;
-  args.weights = {panels(), input, depth_};
+  args.weights = {panels(), table.operands(dtype_, {input, depth_}, rows, depth_, buffer.data())};
   args.rows = rows;
   args.out_features = out_features_;
   args.bias = bias();
   args.epilogue = Epilogue::kStoreFloat;
   args.output = output;
   args.output_stride = out_features_;
-  const KernelTable& table = kernels(isa_);
   std::vector<AlignedBuffer> workspaces;
-  for (int i = 0; i < num_threads; ++i) workspaces.emplace_back(table.linear_workspace(dtype_, panels()));
+  for (int i = 0; i < num_threads; ++i) workspaces.emplace_back(table.linear_workspace(dtype_, panels(), rows));
   run_parallel(num_threads, 1, [&](Worker& worker) {
     LinearArgs mine = args;
     mine.workspace = workspaces[static_cast<size_t>(worker.index())].data();

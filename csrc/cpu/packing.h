@@ -1,7 +1,7 @@
 // How weights of linear layers lie in memory, and their quantization to int8.
 //
 // Weights are packed in panels of kStrips * kLanes output features, [depth / kDepth, kStrips, kLanes, kDepth] each: a
-// matrix is one stream of memory. In int8 a tier may order the weights of such a step otherwise, see multiply_add.h.
+// matrix is one stream of memory. kDepth, and how a tier orders the weights of a step otherwise, are in multiply_add.h.
 //
 // int8 weights are the q of w = scale * q. The scale is max |w| / 127 over a group of inputs of an output feature, q is
 // w / scale to nearest, ties to even. The definition in torch is llm2_fast/models/quantization.py.
@@ -18,26 +18,22 @@
 namespace llm2_fast {
 namespace LLM2_FAST_TIER {
 
+// Of weights that are multiplied with inputs of type T.
+template <typename T, typename Weight>
+using StepOf = WeightStep<typename MultiplyAdd<T>::Element, Weight>;
+
 constexpr float kLargestInt8 = 127.0f;  // not -128: the range is symmetric
 
 static PanelShape panel_shape(DType dtype) {
-  return {kPanelWidth, kLanes, dtype == DType::kFloat32 ? MultiplyAdd<float>::kDepth : MultiplyAdd<BFloat16>::kDepth};
+  return {kPanelWidth, kLanes,
+          dtype == DType::kFloat32 ? StepOf<float, float>::kDepth : StepOf<BFloat16, BFloat16>::kDepth};
 }
 
 // Where the weight of output feature `row` and input feature k lies among the packed ones.
-template <typename T>
+template <typename Step>
 static inline int64_t packed_index(int64_t row, int64_t k, int64_t depth) {
-  constexpr int64_t kDepth = MultiplyAdd<T>::kDepth;
-  const int64_t panel = row / kPanelWidth, lane = row % kPanelWidth;
-  return panel * kPanelWidth * depth + (k / kDepth * kPanelWidth + lane) * kDepth + k % kDepth;
-}
-
-// The same among int8 weights that are multiplied with inputs of type T.
-template <typename T>
-static inline int64_t int8_index(int64_t row, int64_t k, int64_t depth) {
-  constexpr int64_t kDepth = MultiplyAdd<T>::kDepth;
-  const int64_t step = row / kPanelWidth * depth + k / kDepth * kDepth;
-  return step * kPanelWidth + MultiplyAdd<T>::int8_offset(row % kPanelWidth, k % kDepth);
+  const int64_t first = row / kPanelWidth * depth + k / Step::kDepth * Step::kDepth;
+  return first * kPanelWidth + Step::index(row % kPanelWidth, k % Step::kDepth);
 }
 
 static inline int64_t scale_index(int64_t row, int64_t group, int64_t num_groups) {
@@ -65,6 +61,7 @@ static inline int8_t quantize(float weight, float scale) {
 
 template <typename T>
 static void quantize_row(const PackArgs& args, int64_t row, const T* weights) {
+  using Step = StepOf<T, int8_t>;
   int8_t* packed = static_cast<int8_t*>(args.packed);
   const int64_t groups = num_groups(args.depth, args.group_size);
   for (int64_t begin = 0; begin < args.in_features; begin += args.group_size) {
@@ -74,13 +71,14 @@ static void quantize_row(const PackArgs& args, int64_t row, const T* weights) {
     if (!(scale > 0.0f)) continue;  // the packed memory is zero
     for (int64_t k = begin; k < end; ++k) {
       const int8_t value = quantize(to_float(weights[k]), scale);
-      packed[int8_index<T>(row, k, args.depth)] = MultiplyAdd<T>::encode(value);
+      packed[packed_index<Step>(row, k, args.depth)] = Step::encode(value);
     }
   }
 }
 
 template <typename T>
 static void pack_panels_of(const PackArgs& args, RowRange panels) {
+  using Step = StepOf<T, T>;
   T* packed = static_cast<T*>(args.packed);
   for (int64_t row = panels.begin * kPanelWidth; row < panels.end * kPanelWidth; ++row) {
     const T* weights = static_cast<const T*>(args.rows[row]);
@@ -89,7 +87,7 @@ static void pack_panels_of(const PackArgs& args, RowRange panels) {
       quantize_row(args, row, weights);
       continue;
     }
-    for (int64_t k = 0; k < args.in_features; ++k) packed[packed_index<T>(row, k, args.depth)] = weights[k];
+    for (int64_t k = 0; k < args.in_features; ++k) packed[packed_index<Step>(row, k, args.depth)] = weights[k];
   }
 }
 
@@ -101,13 +99,14 @@ template <typename T>
 static void unpack_row_of(const PackedPanels& panels, int64_t row, int64_t size, float* output) {
   if (panels.scales == nullptr) {
     const T* packed = static_cast<const T*>(panels.packed);
-    for (int64_t k = 0; k < size; ++k) output[k] = to_float(packed[packed_index<T>(row, k, panels.depth)]);
+    for (int64_t k = 0; k < size; ++k) output[k] = to_float(packed[packed_index<StepOf<T, T>>(row, k, panels.depth)]);
     return;
   }
+  using Step = StepOf<T, int8_t>;
   const int8_t* packed = static_cast<const int8_t*>(panels.packed);
   const int64_t groups = num_groups(panels.depth, panels.group_size);
   for (int64_t k = 0; k < size; ++k) {
-    const int8_t value = MultiplyAdd<T>::decode(packed[int8_index<T>(row, k, panels.depth)]);
+    const int8_t value = Step::decode(packed[packed_index<Step>(row, k, panels.depth)]);
     output[k] = static_cast<float>(value) * panels.scales[scale_index(row, k / panels.group_size, groups)];
   }
 }

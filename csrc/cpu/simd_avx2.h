@@ -12,8 +12,9 @@ namespace avx2 {
 
 using Vec = __m256;
 constexpr int kLanes = 8;
-constexpr int kHeadsAtOnce = 2;  // query heads whose accumulators fit the registers, see branch_attention.h
-constexpr int kRowsAtOnce = 4;   // rows whose sums fit the registers, see linear.h
+constexpr int kHeadsAtOnce = 2;         // query heads whose accumulators fit the registers, see branch_attention.h
+constexpr int kRowsAtOnce = 5;          // rows whose sums fit the registers, see linear.h
+constexpr int kRowsAtOnceInGroups = 4;  // with the sums of a group of int8 weights beside
 
 static inline Vec set1(float x) {
   return _mm256_set1_ps(x);
@@ -64,6 +65,16 @@ static inline Vec load(const BFloat16* p) {
 }
 static inline Vec load(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+
+// Of kLanes pairs at p, the first or the second of each. Memory is little-endian.
+static inline Vec load_first_of_pairs(const BFloat16* p) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+}
+static inline Vec load_second_of_pairs(const BFloat16* p) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-0x10000)));
 }
 
 // The first n < kLanes elements at p, and `fill` in the other lanes.

@@ -12,8 +12,9 @@ namespace avx512 {
 
 using Vec = __m512;
 constexpr int kLanes = 16;
-constexpr int kHeadsAtOnce = 4;  // query heads whose accumulators fit the registers, see branch_attention.h
-constexpr int kRowsAtOnce = 12;  // rows whose sums fit the registers, see linear.h
+constexpr int kHeadsAtOnce = 4;         // query heads whose accumulators fit the registers, see branch_attention.h
+constexpr int kRowsAtOnce = 12;         // rows whose sums fit the registers, see linear.h
+constexpr int kRowsAtOnceInGroups = 6;  // with the sums of a group of int8 weights beside
 
 static inline Vec set1(float x) {
   return _mm512_set1_ps(x);
@@ -67,6 +68,14 @@ static inline Vec load(const BFloat16* p) {
 }
 static inline Vec load(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+// Of kLanes pairs at p, the first or the second of each. Memory is little-endian.
+static inline Vec load_first_of_pairs(const BFloat16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+}
+static inline Vec load_second_of_pairs(const BFloat16* p) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(-0x10000)));
 }
 
 // The first n < kLanes elements at p, and `fill` in the other lanes.

@@ -14,9 +14,11 @@ namespace llm2_fast {
 namespace portable {
 
 using Vec = float __attribute__((vector_size(16)));
+using Words = uint32_t __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
-constexpr int kHeadsAtOnce = 2;  // query heads whose accumulators fit the registers, see branch_attention.h
-constexpr int kRowsAtOnce = 4;   // rows whose sums fit the registers, see linear.h
+constexpr int kHeadsAtOnce = 2;         // query heads whose accumulators fit the registers, see branch_attention.h
+constexpr int kRowsAtOnce = 4;          // rows whose sums fit the registers, see linear.h
+constexpr int kRowsAtOnceInGroups = 4;  // with the sums of a group of int8 weights beside
 
 static inline Vec set1(float x) {
   return Vec{x, x, x, x};
@@ -64,7 +66,6 @@ static inline uint32_t at_least(Vec a, Vec b) {
 
 // 2**n for a whole n in [-127, 127] that is given as n + 1.5 * 2**23; zero for -127.
 static inline Vec exp2_of_shifted(Vec shifted) {
-  using Words = uint32_t __attribute__((vector_size(16)));
   Words words;
   std::memcpy(&words, &shifted, sizeof(words));
   words = (words + 127u) << 23;
@@ -81,7 +82,6 @@ static inline Vec load(const BFloat16* p) {
   return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
 }
 static inline Vec load(const int8_t* p) {
-  using Words = uint32_t __attribute__((vector_size(16)));
   using Integers = int32_t __attribute__((vector_size(16)));
   uint32_t bytes;
   std::memcpy(&bytes, p, sizeof(bytes));
@@ -90,6 +90,25 @@ static inline Vec load(const int8_t* p) {
   Integers integers;
   std::memcpy(&integers, &tops, sizeof(integers));
   return __builtin_convertvector(integers >> 24, Vec);
+}
+
+// Of kLanes pairs at p, the first or the second of each.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first of a pair is the lower half of a word");
+static inline Vec float_of(Words words) {
+  Vec v;
+  std::memcpy(&v, &words, sizeof(v));
+  return v;
+}
+static inline Words load_pairs(const BFloat16* p) {
+  Words words;
+  std::memcpy(&words, p, sizeof(words));
+  return words;
+}
+static inline Vec load_first_of_pairs(const BFloat16* p) {
+  return float_of(load_pairs(p) << 16);
+}
+static inline Vec load_second_of_pairs(const BFloat16* p) {
+  return float_of(load_pairs(p) & 0xffff0000u);
 }
 
 // The first n < kLanes elements at p, and `fill` in the other lanes.

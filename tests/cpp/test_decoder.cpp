@@ -157,11 +157,13 @@ void test_gates(Isa isa) {
     current_case = std::string(activation == Epilogue::kSiluMul ? "silu " : "gelu_tanh ") + isa_name(isa);
     std::vector<float> output(gate.size());
     LinearArgs args = {};
-    args.weights = {packed.panels(), input.data(), packed.depth()};
+    args.weights = {packed.panels(), {input.data(), packed.depth()}};
     args.rows = 1;
     args.out_features = args.output_stride = size;
     args.epilogue = activation;
     args.output = output.data();
+    const AlignedBuffer workspace(kernels(isa).linear_workspace(args.dtype, packed.panels(), args.rows));
+    args.workspace = workspace.data();
     kernels(isa).linear(args, {0, packed.num_panels()});
     for (size_t i = 0; i < gate.size(); ++i) {
       const double expected = 2.0 * activate(activation, gate[i]);

@@ -68,13 +68,17 @@ std::vector<Output> run(const std::vector<std::vector<float>>& bias, Epilogue ep
   std::vector<Output> output(static_cast<size_t>(kRows * kOutFeatures), before);
   LinearArgs args = {};
   args.dtype = dtype;
-  args.weights = {layer.panels(), input.data(), layer.depth()};
+  const AlignedBuffer buffer(kernels(isa).operands_size(dtype, kRows, layer.depth()));
+  args.weights = {layer.panels(),
+                  kernels(isa).operands(dtype, {input.data(), layer.depth()}, kRows, layer.depth(), buffer.data())};
   args.rows = kRows;
   args.out_features = kOutFeatures;
   args.bias = layer.bias();
   args.epilogue = epilogue;
   args.output = output.data();
   args.output_stride = kOutFeatures;
+  const AlignedBuffer workspace(kernels(isa).linear_workspace(dtype, layer.panels(), kRows));
+  args.workspace = workspace.data();
   kernels(isa).linear(args, {0, layer.num_panels()});
   return output;
 }
