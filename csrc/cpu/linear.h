@@ -35,6 +35,10 @@ static inline RowTile row_tile(int64_t rows, int64_t index, int64_t count) {
   return {{rows * index / count, rows * (index + 1) / count}, index, count};
 }
 
+static inline int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
 // Inputs from `begin` to `end`: a part of the depth, of whole steps and groups.
 struct DepthRange {
   int64_t begin, end;
@@ -151,8 +155,7 @@ static void multiply_tile(const LinearTerm& term, int64_t panel, const RowTile& 
     for (int64_t begin = range.begin; begin < range.end; begin += group_size, scales += kPanelWidth) {
       Vec group[kRows][kStrips];
       load_tile(sums, true, group);
-      const int64_t end = begin + group_size < range.end ? begin + group_size : range.end;
-      add_products(inputs, stride, {begin, end}, weights, ahead, group);
+      add_products(inputs, stride, {begin, least(begin + group_size, range.end)}, weights, ahead, group);
       for (int r = 0; r < kRows; ++r) {
         for (int s = 0; s < kStrips; ++s) sum[r][s] = fma(load(scales + s * kLanes), group[r][s], sum[r][s]);
       }
@@ -346,8 +349,7 @@ static void linear_of(const LinearArgs& args, RowRange panels) {
   float* sums = reinterpret_cast<float*>(workspace + division.expanded_bytes());
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (DepthRange range = {0, 0}; range.end < packed.depth; range.begin = range.end) {
-      range.end =
-          range.begin + division.depth_at_once < packed.depth ? range.begin + division.depth_at_once : packed.depth;
+      range.end = least(range.begin + division.depth_at_once, packed.depth);
       if (division.expands) expand(packed, panel, range, expanded);
       for (int64_t index = 0; index < num_tiles; ++index) {
         const RowTile tile = row_tile(args.rows, index, num_tiles);
