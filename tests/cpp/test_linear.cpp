@@ -1,5 +1,6 @@
 // What linear layers do with their sums, on every tier this machine can run: with weights of zero the sums are the
-// bias. And int8 weights, which are converted for one row or for many. Exits with 1 if a check fails.
+// bias. And that a row's sums are the same alone and among many, whose products are divided otherwise. Exits with 1 if
+// a check fails.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -138,11 +139,13 @@ void test_gated(Epilogue epilogue, Isa isa) {
   }
 }
 
-// Many rows give the bits of each alone, and products are those of what int8 keeps of the weights.
+// Many rows give the bits of each alone, and products are those of what is kept of the weights. With a group size of 0
+// that is all of them.
 template <typename T>
-void test_int8(int64_t group_size, Isa isa) {
-  current_case = std::string("int8, ") + isa_name(isa) + (sizeof(T) == 2 ? ", bfloat16" : ", float32");
-  constexpr int64_t kIn = 77, kOut = 83, kMany = 41;  // in_features that neither groups nor steps divide
+void test_many_rows(int64_t in_features, int64_t group_size, Isa isa) {
+  current_case = std::to_string(in_features) + " inputs in groups of " + std::to_string(group_size) + ", " +
+                 isa_name(isa) + (sizeof(T) == 2 ? ", bfloat16" : ", float32");
+  constexpr int64_t kOut = 83, kMany = 41;
   const auto numbers = [](int64_t count, int factor) {
     std::vector<T> values(static_cast<size_t>(count));
     for (size_t i = 0; i < values.size(); ++i) {
@@ -150,16 +153,17 @@ void test_int8(int64_t group_size, Isa isa) {
     }
     return values;
   };
-  const std::vector<T> weights = numbers(kOut * kIn, 37);
+  const std::vector<T> weights = numbers(kOut * in_features, 37);
   const DType dtype = sizeof(T) == 2 ? DType::kBFloat16 : DType::kFloat32;
-  const PackedLinear layer(dtype, {{weights.data(), kOut, kIn, nullptr}}, kIn, Arrangement::kStacked, isa, 1,
-                           group_size);
+  const PackedLinear layer(dtype, {{weights.data(), kOut, in_features, nullptr}}, in_features, Arrangement::kStacked,
+                           isa, 1, group_size);
   const int64_t depth = layer.depth();
   std::vector<T> input = numbers(kMany * depth, 101);
   for (int64_t row = 0; row < kMany; ++row) {
-    for (int64_t k = kIn; k < depth; ++k) input[static_cast<size_t>(row * depth + k)] = T{};
+    for (int64_t k = in_features; k < depth; ++k) input[static_cast<size_t>(row * depth + k)] = T{};
   }
-  std::vector<float> many(static_cast<size_t>(kMany * kOut)), one(static_cast<size_t>(kOut)), kept(kIn);
+  std::vector<float> many(static_cast<size_t>(kMany * kOut)), one(static_cast<size_t>(kOut)),
+      kept(static_cast<size_t>(in_features));
   layer.multiply(input.data(), kMany, many.data(), 2);
   for (int64_t row = 0; row < kMany; ++row) {
     layer.multiply(input.data() + row * depth, 1, one.data(), 1);
@@ -168,10 +172,10 @@ void test_int8(int64_t group_size, Isa isa) {
       CHECK(same_bits(sum, one[static_cast<size_t>(feature)]));
       layer.unpack_row(feature, kept.data());
       double expected = 0.0;
-      for (int64_t k = 0; k < kIn; ++k) {
+      for (int64_t k = 0; k < in_features; ++k) {
         expected += double{kept[static_cast<size_t>(k)]} * to_float(input[static_cast<size_t>(row * depth + k)]);
       }
-      CHECK(std::abs(sum - expected) <= 1e-4);  // of products up to 4
+      CHECK(std::abs(sum - expected) <= 1e-6 * static_cast<double>(in_features));  // of products up to 4
     }
   }
 }
@@ -186,9 +190,12 @@ int main() {
       test_gated<float>(epilogue, isa);
       test_gated<BFloat16>(epilogue, isa);
     }
-    for (int64_t group_size : {32, 77}) {
-      test_int8<float>(group_size, isa);
-      test_int8<BFloat16>(group_size, isa);
+    // Neither groups nor steps divide these; the second is more than is multiplied at once.
+    for (int64_t in_features : {77, 1201}) {
+      for (int64_t group_size : {int64_t{0}, int64_t{32}, int64_t{128}, in_features}) {
+        test_many_rows<float>(in_features, group_size, isa);
+        test_many_rows<BFloat16>(in_features, group_size, isa);
+      }
     }
     std::printf("%s: done\n", isa_name(isa));
   }
