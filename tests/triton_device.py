@@ -41,6 +41,19 @@ def _patch_once_per_launch() -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, call
 
 
+def _patch_dot() -> None:
+    """Make an element of a product in the interpreter depend on its row and column only, as on matrix units.
+
+    BLAS, which the interpreter asks, chooses the order of sums by shape and processor.
+    """
+
+    def create_dot(self: interpreter.InterpreterBuilder, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        products = np.multiply(a.data[:, :, None], b.data[None, :, :], dtype=d.data.dtype)
+        return interpreter.TensorHandle(np.add.reduce(products, axis=1) + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
 def run(op: Callable[..., Any], arguments: Iterable[Any]) -> Any:
     """Outputs on the CPU of `op` on arguments moved to where the kernels run."""
     moved = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
@@ -72,4 +85,5 @@ def _check_interpreter() -> None:
 
 if INTERPRETED:
     _patch_once_per_launch()
+    _patch_dot()
     _check_interpreter()
