@@ -46,7 +46,8 @@ struct Chunk {
 
 // Softmax state per query head of a tile.
 struct AttentionState {
-  float* accumulated;  // [kAttentionTileRows * group, padded head_dim], weighted values relative to `max`
+  float* accumulated;  // [kAttentionTileRows * group, padded head_dim], weighted values relative to `max`, see
+                       // `accumulated_at`
   float* max;          // [kAttentionTileRows * group]
   float* sum;          // [kAttentionTileRows * group], of weights relative to `max`
 };
@@ -225,8 +226,29 @@ static float softmax_update(float* scores, Span span, float* running_max, float*
   return factor;
 }
 
+// Two vectors of values. bfloat16 are widened as pairs, which takes half the instructions and leaves every second
+// element in either vector.
+static inline void load_values(const float* p, Vec* two) {
+  two[0] = load(p);
+  two[1] = load(p + kLanes);
+}
+static inline void load_values(const BFloat16* p, Vec* two) {
+  two[0] = load_first_of_pairs(p);
+  two[1] = load_second_of_pairs(p);
+}
+
+// Where element d is accumulated: values are loaded in blocks of kBlockVecs vectors, and the rest one by one.
+template <typename T>
+static inline int64_t accumulated_at(int64_t d, int64_t head_dim) {
+  constexpr int64_t kStep = kBlockVecs * kLanes;
+  if (sizeof(T) == sizeof(float) || d >= head_dim / kStep * kStep) return d;
+  const int64_t in_pairs = d % (2 * kLanes);
+  return d - in_pairs + in_pairs % 2 * kLanes + in_pairs / 2;
+}
+
 // accumulated[h][d] = accumulated[h][d] * factor[h] + sum over t of weights[h][t] * values[t][d] for kVecs vectors of
-// d, of which `width` elements exist. Asks for as many values that come later, unless `ahead` is null.
+// d, of which `width` elements exist; fewer than all only with kVecs = 1. Where d lies is up to `accumulated_at`. Asks
+// for as many values that come later, unless `ahead` is null.
 template <typename T, int kHeads, int kVecs>
 static void add_values(const T* const* values, Span span, int64_t d, int64_t width, PrefixCursor* ahead,
                        const float* weights, const float* factor, float* accumulated, int64_t stride) {
@@ -241,10 +263,10 @@ static void add_values(const T* const* values, Span span, int64_t d, int64_t wid
     if (ahead != nullptr) ask(ahead, end - first);
     for (int64_t t = first; t < end; ++t) {
       Vec value[kVecs];
-      if (width == kVecs * kLanes) {
-        for (int v = 0; v < kVecs; ++v) value[v] = load(values[t] + d + v * kLanes);
+      if constexpr (kVecs > 1) {
+        for (int v = 0; v < kVecs; v += 2) load_values(values[t] + d + v * kLanes, value + v);
       } else {
-        value[0] = load_partial(values[t] + d, static_cast<int>(width), 0.0f);  // only with kVecs = 1
+        value[0] = width == kLanes ? load(values[t] + d) : load_partial(values[t] + d, static_cast<int>(width), 0.0f);
       }
       for (int h = 0; h < kHeads; ++h) {
         const Vec weight = set1(weights[h * kChunk + t]);
@@ -442,7 +464,9 @@ static void write_output(const AttentionTile<T>& tile) {
       const float scale = sees_nothing ? 0.0f : 1.0f / tile.total.sum[i];
       T* output =
           static_cast<T*>(args.output) + (row * args.num_heads + tile.kv_head * tile.group + head) * args.head_dim;
-      for (int64_t d = 0; d < args.head_dim; ++d) from_float(accumulated[d] * scale, output + d);
+      for (int64_t d = 0; d < args.head_dim; ++d) {
+        from_float(accumulated[accumulated_at<T>(d, args.head_dim)] * scale, output + d);
+      }
     }
   }
 }

@@ -30,7 +30,7 @@ from llm2_fast.models.weights import PackedWeights
 from llm2_fast.version import __version__
 
 _LOGGER = logging.getLogger(__name__)
-_FORMAT_VERSION = 1  # of these files, and of how the extension arranges weights within a panel
+_FORMAT_VERSION = 2  # of these files, and of how the extension arranges weights within a panel
 _ALIGNMENT = 64  # bytes, of every tensor in the file
 _PADDING = "padding."  # prefix of tensors that only fill gaps
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8"}
