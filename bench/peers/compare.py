@@ -111,10 +111,15 @@ def entries(files: files_module.Files, arguments: argparse.Namespace) -> list[En
     return found
 
 
+def sizes_of(found: list[Entry]) -> list[int]:
+    """All batch sizes that are measured."""
+    return sorted({size for entry in found for size in entry.batch_sizes})
+
+
 def measure(found: list[Entry], prompts: list[list[int]], new_tokens: int, turns: int) -> list[float]:
     """Let the entries take turns, at least `turns`. Returns the read bandwidths around the batch sizes."""
     bandwidth = [harness.measure_read_bandwidth()]
-    for batch_size in BATCH_SIZES:
+    for batch_size in sizes_of(found):
         measured = [entry for entry in found if batch_size in entry.batch_sizes]
         for entry in measured:
             entry.decode(prompts[:batch_size], 4)  # warm-up: caches of this size exist from here on
@@ -139,12 +144,12 @@ def measure(found: list[Entry], prompts: list[list[int]], new_tokens: int, turns
 
 def report(found: list[Entry], num_prompts: int, arguments: argparse.Namespace, bandwidths: list[float]) -> str:
     """The table, in Markdown."""
-    new_tokens = arguments.new_tokens
-    columns = ["engine", "verifier", *(f"batch {size}" for size in BATCH_SIZES), "x plain", "mean |C|"]
+    new_tokens, sizes = arguments.new_tokens, sizes_of(found)
+    columns = ["engine", "verifier", *(f"batch {size}" for size in sizes), "x plain", "mean |C|"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     plain = speed(found[0], 1, new_tokens)
     for entry in found:
-        speeds = [f"{speed(entry, size, new_tokens):.1f}" if size in entry.seconds else "" for size in BATCH_SIZES]
+        speeds = [f"{speed(entry, size, new_tokens):.1f}" if size in entry.seconds else "" for size in sizes]
         ratio = f"{speed(entry, 1, new_tokens) / plain:.2f}"
         candidates = f"{statistics.mean(entry.candidates):.2f}" if entry.candidates else "-"
         lines.append(f"| {entry.name} | {entry.verifier} | {' | '.join(speeds)} | {ratio} | {candidates} |")
@@ -154,7 +159,7 @@ def report(found: list[Entry], num_prompts: int, arguments: argparse.Namespace, 
         new_tokens / seconds * files_module.WEIGHT_BYTES / bandwidth
         for seconds, bandwidth in zip(found[0].seconds[1], found[0].bandwidths, strict=True)
     ]
-    turns = ", ".join(f"{len(found[0].seconds[size])} of {size}" for size in BATCH_SIZES)
+    turns = ", ".join(f"{len(found[0].seconds[size])} of {size}" for size in sizes)
     versions = ", ".join(sorted({entry.facts["engine"] for entry in found}))
     return "\n".join(
         [
@@ -200,7 +205,7 @@ def plot(found: list[Entry], new_tokens: int, path: Path) -> None:
         label = entry.name if entry.verifier == "none" else f"{entry.name}, {entry.verifier}"
         axes.plot(sizes, [speed(entry, size, new_tokens) for size in sizes], style, label=label)
     axes.set(xlabel="sequences together", ylabel="tokens per second", xscale="log", yscale="log")
-    axes.set_xticks(BATCH_SIZES, map(str, BATCH_SIZES))
+    axes.set_xticks(sizes_of(found), map(str, sizes_of(found)))
     axes.legend(fontsize="x-small")
     figure.savefig(path)
 
@@ -212,6 +217,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/peers"), help="folder for models and results")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--turns", type=int, default=3, help="of every engine with each batch size, at least")
+    sizes = {"type": int, "nargs": "+", "choices": BATCH_SIZES[1:], "default": BATCH_SIZES[1:]}
+    parser.add_argument("--batch-sizes", **sizes, help="besides 1, which all ratios need")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     questions = QUESTIONS
@@ -221,6 +228,7 @@ def main() -> None:
     prompts = [files.tokenize(question) for question in questions]
     found = entries(files, arguments)
     for entry in found:
+        entry.batch_sizes = tuple(size for size in entry.batch_sizes if size in (1, *arguments.batch_sizes))
         entry.start()
     bandwidth = measure(found, prompts, arguments.new_tokens, arguments.turns)
     for entry in found:
