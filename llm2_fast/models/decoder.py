@@ -137,14 +137,15 @@ class Decoder:
         length = min(max(8, *(window + 4 for window in windows)) if windows else 8, _LONGEST_PROBE)
         length = min(length, (self.max_position_embeddings or length) - 1)
         token_ids = [(7 * i + 1) % self.vocab_size for i in range(length)]
-        with evaluating(self.model), torch.no_grad():
-            ids = torch.tensor([token_ids], device=self.device)
-            expected = self.model(input_ids=ids, use_cache=False).last_hidden_state[0].float()
         cache = SlotCache()
         slot = cache.allocate()
         passes = [Rows(slot, chain=token_ids[:3]), Rows(slot, chain=token_ids[3:-1], branches=[0, token_ids[-1]])]
-        # Not self.forward: what a subclass adds is not in the model's own pass.
-        hidden_states = torch.cat([Decoder.forward(self, cache, [rows])[0][0] for rows in passes]).float()
+        # In the model's own dtype, whatever the caller computes in.
+        with evaluating(self.model), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            ids = torch.tensor([token_ids], device=self.device)
+            expected = self.model(input_ids=ids, use_cache=False).last_hidden_state[0].float()
+            # Not self.forward: what a subclass adds is not in the model's own pass.
+            hidden_states = torch.cat([Decoder.forward(self, cache, [rows])[0][0] for rows in passes]).float()
         actual = torch.cat([hidden_states[: length - 1], hidden_states[length:]])
         if not agree(actual, expected, 1e-3 if self.dtype == torch.float32 else 0.05):
             conventions = "a decoder-only model with Hugging Face's cache, position and mask conventions"
