@@ -6,7 +6,7 @@
 // merged in order, so that threads can share a long prefix. So the order of every sum depends on absolute positions
 // only, and a row's result is bitwise the same whatever rows and threads it is computed with.
 //
-// A chunk's keys are widened and transposed once, for all query heads of all rows of a sequence that see it.
+// A chunk's keys are transposed once, for all query heads of all rows of a sequence that see it.
 #pragma once
 
 #include <cstdint>
@@ -23,9 +23,18 @@ constexpr int64_t kChunk = 64;
 static_assert(kAttentionPart % kChunk == 0, "a part consists of whole chunks");
 constexpr int kBlockVecs = 4;  // vectors per head that are accumulated in registers
 
-// A multiple of the elements that a vector of operands holds.
+// The same for few heads, so that enough multiply-adds wait for no other.
+constexpr int vecs_at_once(int heads) {
+  return heads * 2 * kBlockVecs <= kHeadsAtOnce * kBlockVecs ? 2 * kBlockVecs : kBlockVecs;
+}
+
+// Transposed keys are stored as weights of a linear layer whose output features are positions.
+template <typename T>
+using KeyStep = WeightStep<typename MultiplyAdd<T>::Element, T>;
+
+// A multiple of the elements that a vector of memory holds.
 static int64_t padded_head_dim(const BranchAttentionArgs& args) {
-  constexpr int64_t kElements = int64_t{kLanes} * MultiplyAdd<BFloat16>::kDepth;
+  constexpr int64_t kElements = kLanes * sizeof(float) / sizeof(BFloat16);
   return (args.head_dim + kElements - 1) / kElements * kElements;
 }
 
@@ -42,6 +51,8 @@ struct Chunk {
   Span span;              // relative to it
   const T* keys[kChunk];  // of `span`
   const T* values[kChunk];
+  const void* later_keys[kChunk];  // to be asked for meanwhile
+  const void* later_values[kChunk];
 };
 
 // Softmax state per query head of a tile.
@@ -67,9 +78,10 @@ struct AttentionTile {
   Element* queries;      // [kAttentionTileRows * group, padded head_dim], zeros in the padding
   AttentionState total;  // of the parts merged so far
   AttentionState part;   // of the current part
-  Element* keys;         // [padded head_dim / kDepth, kChunk, kDepth], of the current chunk
+  T* keys;               // [padded head_dim / kDepth, kChunk, kDepth], of the current chunk
+  Element* own_key;      // [padded head_dim], of the current row
   float* weights;        // [kHeadsAtOnce, kChunk]
-  bool own;              // the current chunk is a row's own position, `keys` its key [padded head_dim]
+  bool own;              // the current chunk is a row's own position
 };
 
 static int64_t attention_state_size(const BranchAttentionArgs& args) {
@@ -79,7 +91,7 @@ static int64_t attention_state_size(const BranchAttentionArgs& args) {
 static int64_t branch_attention_workspace(const BranchAttentionArgs& args) {
   const int64_t queries = kAttentionTileRows * (args.num_heads / args.num_kv_heads);
   const int64_t dim = padded_head_dim(args);
-  const int64_t floats = queries * dim + 2 * attention_state_size(args) + (dim + kHeadsAtOnce) * kChunk;
+  const int64_t floats = queries * dim + 2 * attention_state_size(args) + (dim + kHeadsAtOnce) * kChunk + dim;
   return floats * static_cast<int64_t>(sizeof(float));
 }
 
@@ -107,44 +119,49 @@ static AttentionTile<T> make_tile(const BranchAttentionArgs& args, void* workspa
           reinterpret_cast<Element*>(take(kAttentionTileRows * group * padded_head_dim(args))),
           state_in(args, take(attention_state_size(args))),
           state_in(args, take(attention_state_size(args))),
-          reinterpret_cast<Element*>(take(padded_head_dim(args) * kChunk)),
+          reinterpret_cast<T*>(take(padded_head_dim(args) * kChunk)),
+          reinterpret_cast<Element*>(take(padded_head_dim(args))),
           take(kHeadsAtOnce * kChunk),
           false};
 }
 
 // Copies the vector of one head, padded with zeros.
 template <typename T>
-static void copy_head(const T* head, int64_t head_dim, typename MultiplyAdd<T>::Element* output) {
-  constexpr int64_t kElements = int64_t{kLanes} * MultiplyAdd<T>::kDepth;
-  for (int64_t d = 0; d < head_dim; d += kElements) {
-    const int64_t rest = head_dim - d;
-    float* vector = reinterpret_cast<float*>(output + d);
-    store(vector, rest >= kElements ? MultiplyAdd<T>::elements(head + d)
-                                    : MultiplyAdd<T>::elements(head + d, static_cast<int>(rest)));
-  }
+static void copy_head(const T* head, int64_t head_dim, int64_t padded, typename MultiplyAdd<T>::Element* output) {
+  to_elements(head, head_dim, output);
+  for (int64_t d = head_dim; d < padded; ++d) from_float(0.0f, output + d);
 }
 
-// Transposes the keys of a chunk, and asks for as many that come later.
+// A vector of memory at p, of which `size` elements exist; the others are zero.
 template <typename T>
-static void transpose_keys(const T* const* keys, Span span, int64_t head_dim, PrefixCursor* ahead,
-                           typename MultiplyAdd<T>::Element* transposed) {
-  constexpr int64_t kDepth = MultiplyAdd<T>::kDepth, kElements = kLanes * kDepth;
+static inline Vec load_memory(const T* p, int64_t size) {
+  if (size * sizeof(T) >= kLanes * sizeof(float)) return load(reinterpret_cast<const float*>(p));
+  float words[kLanes] = {};
+  __builtin_memcpy(words, p, static_cast<size_t>(size) * sizeof(T));
+  return load(words);
+}
+
+// Transposes the keys of a chunk, and asks for those that come later.
+template <typename T>
+static void transpose_keys(const T* const* keys, const void* const* later, Span span, int64_t head_dim, T* transposed) {
+  constexpr int64_t kDepth = KeyStep<T>::kDepth, kElements = kLanes * kDepth;
+  static_assert(kDepth * sizeof(T) == sizeof(float), "what is transposed are words");
   for (int64_t first = span.begin / kLanes * kLanes; first < span.end; first += kLanes) {
     const bool whole = first >= span.begin && first + kLanes <= span.end;
     const int64_t begin = first > span.begin ? first : span.begin;
     const int64_t end = first + kLanes < span.end ? first + kLanes : span.end;
-    ask(ahead, end - begin);
     for (int64_t d = 0; d < head_dim; d += kElements) {
+      if (d * int64_t{sizeof(T)} % kCacheLine == 0) {
+        for (int64_t t = begin; t < end; ++t) prefetch(static_cast<const T*>(later[t]) + d);
+      }
       const int64_t width = head_dim - d < kElements ? head_dim - d : kElements;
       Vec block[kLanes];
       if (whole && width == kElements) {
-        for (int i = 0; i < kLanes; ++i) block[i] = MultiplyAdd<T>::elements(keys[first + i] + d);
+        for (int i = 0; i < kLanes; ++i) block[i] = load_memory(keys[first + i] + d, kElements);
       } else {
         for (int i = 0; i < kLanes; ++i) {
           const int64_t t = first + i;
-          block[i] = t < begin || t >= end ? set1(0.0f)
-                     : width == kElements  ? MultiplyAdd<T>::elements(keys[t] + d)
-                                           : MultiplyAdd<T>::elements(keys[t] + d, static_cast<int>(width));
+          block[i] = t < begin || t >= end ? set1(0.0f) : load_memory(keys[t] + d, width);
         }
       }
       transpose(block);
@@ -156,35 +173,29 @@ static void transpose_keys(const T* const* keys, Span span, int64_t head_dim, Pr
 }
 
 // scores[h][t] = scale * (query h . key t) for kVecs vectors of positions. `keys` and `scores` point at the first.
-template <typename Element, int kHeads, int kVecs>
-static void dot_products(const Element* queries, int64_t stride, const Element* keys, int64_t head_dim, float scale,
-                         float* scores) {
-  using Product = MultiplyAdd<Element>;
+template <typename T, int kHeads, int kVecs>
+static void dot_products(const typename MultiplyAdd<T>::Element* queries, int64_t stride, const T* keys,
+                         int64_t head_dim, float scale, float* scores) {
   Vec dot[kHeads][kVecs];
   for (int h = 0; h < kHeads; ++h) {
     for (int v = 0; v < kVecs; ++v) dot[h][v] = set1(0.0f);
   }
-  for (int64_t d = 0; d < head_dim; d += Product::kDepth) {
-    typename Product::Operand key[kVecs];
-    for (int v = 0; v < kVecs; ++v) key[v] = Product::strip(keys + d * kChunk + v * kLanes * Product::kDepth);
-    for (int h = 0; h < kHeads; ++h) {
-      const typename Product::Operand query = Product::inputs(queries + h * stride + d);
-      for (int v = 0; v < kVecs; ++v) dot[h][v] = Product::apply(key[v], query, dot[h][v]);
-    }
-  }
+  for (int64_t d = 0; d < head_dim; d += KeyStep<T>::kDepth) add_step(queries + d, stride, keys + d * kChunk, dot);
   for (int h = 0; h < kHeads; ++h) {
     for (int v = 0; v < kVecs; ++v) store(scores + h * kChunk + v * kLanes, mul(dot[h][v], set1(scale)));
   }
 }
 
-// The same for min(vecs, kVecs) vectors.
-template <typename Element, int kHeads, int kVecs = kBlockVecs>
-static void dot_products_of(const Element* queries, int64_t stride, const Element* keys, int64_t head_dim, float scale,
-                            float* scores, int64_t vecs) {
-  if (vecs >= kVecs) {
-    dot_products<Element, kHeads, kVecs>(queries, stride, keys, head_dim, scale, scores);
-  } else if constexpr (kVecs > 1) {
-    dot_products_of<Element, kHeads, kVecs - 1>(queries, stride, keys, head_dim, scale, scores, vecs);
+// The same for `vecs` vectors.
+template <typename T, int kHeads, int kVecs = vecs_at_once(kHeads)>
+static void dot_products_of(const typename MultiplyAdd<T>::Element* queries, int64_t stride, const T* keys,
+                            int64_t head_dim, float scale, float* scores, int64_t vecs) {
+  for (; vecs >= kVecs; vecs -= kVecs, keys += kVecs * kLanes * KeyStep<T>::kDepth, scores += kVecs * kLanes) {
+    dot_products<T, kHeads, kVecs>(queries, stride, keys, head_dim, scale, scores);
+  }
+  if constexpr (kVecs > 1) {
+    constexpr int kFewer = kVecs > kBlockVecs ? kBlockVecs : kVecs - 1;
+    if (vecs > 0) dot_products_of<T, kHeads, kFewer>(queries, stride, keys, head_dim, scale, scores, vecs);
   }
 }
 
@@ -248,9 +259,9 @@ static inline int64_t accumulated_at(int64_t d, int64_t head_dim) {
 
 // accumulated[h][d] = accumulated[h][d] * factor[h] + sum over t of weights[h][t] * values[t][d] for kVecs vectors of
 // d, of which `width` elements exist; fewer than all only with kVecs = 1. Where d lies is up to `accumulated_at`. Asks
-// for as many values that come later, unless `ahead` is null.
+// for the same elements of `later` values, unless it is null.
 template <typename T, int kHeads, int kVecs>
-static void add_values(const T* const* values, Span span, int64_t d, int64_t width, PrefixCursor* ahead,
+static void add_values(const T* const* values, const void* const* later, Span span, int64_t d, int64_t width,
                        const float* weights, const float* factor, float* accumulated, int64_t stride) {
   Vec total[kHeads][kVecs];
   for (int h = 0; h < kHeads; ++h) {
@@ -258,24 +269,39 @@ static void add_values(const T* const* values, Span span, int64_t d, int64_t wid
       total[h][v] = mul(load(accumulated + h * stride + d + v * kLanes), set1(factor[h]));
     }
   }
-  for (int64_t first = span.begin; first < span.end; first += kLanes) {
-    const int64_t end = first + kLanes < span.end ? first + kLanes : span.end;
-    if (ahead != nullptr) ask(ahead, end - first);
-    for (int64_t t = first; t < end; ++t) {
-      Vec value[kVecs];
-      if constexpr (kVecs > 1) {
-        for (int v = 0; v < kVecs; v += 2) load_values(values[t] + d + v * kLanes, value + v);
-      } else {
-        value[0] = width == kLanes ? load(values[t] + d) : load_partial(values[t] + d, static_cast<int>(width), 0.0f);
-      }
-      for (int h = 0; h < kHeads; ++h) {
-        const Vec weight = set1(weights[h * kChunk + t]);
-        for (int v = 0; v < kVecs; ++v) total[h][v] = fma(weight, value[v], total[h][v]);
-      }
+  for (int64_t t = span.begin; t < span.end; ++t) {
+    if (later != nullptr) {
+      const T* first = static_cast<const T*>(later[t]) + d;
+      for (int64_t i = 0; i < kVecs * kLanes; i += kCacheLine / int64_t{sizeof(T)}) prefetch(first + i);
+    }
+    Vec value[kVecs];
+    if constexpr (kVecs > 1) {
+      for (int v = 0; v < kVecs; v += 2) load_values(values[t] + d + v * kLanes, value + v);
+    } else {
+      value[0] = width == kLanes ? load(values[t] + d) : load_partial(values[t] + d, static_cast<int>(width), 0.0f);
+    }
+    for (int h = 0; h < kHeads; ++h) {
+      const Vec weight = set1(weights[h * kChunk + t]);
+      for (int v = 0; v < kVecs; ++v) total[h][v] = fma(weight, value[v], total[h][v]);
     }
   }
   for (int h = 0; h < kHeads; ++h) {
     for (int v = 0; v < kVecs; ++v) store(accumulated + h * stride + d + v * kLanes, total[h][v]);
+  }
+}
+
+// The same for all elements from d on.
+template <typename T, int kHeads, int kVecs = vecs_at_once(kHeads)>
+static void add_values_from(const T* const* values, const void* const* later, Span span, int64_t d, int64_t head_dim,
+                            const float* weights, const float* factor, float* accumulated, int64_t stride) {
+  constexpr int64_t kStep = kVecs * kLanes;
+  for (; kVecs == 1 ? d < head_dim : d + kStep <= head_dim; d += kStep) {
+    const int64_t width = head_dim - d < kStep ? head_dim - d : kStep;
+    add_values<T, kHeads, kVecs>(values, later, span, d, width, weights, factor, accumulated, stride);
+  }
+  if constexpr (kVecs > 1) {
+    constexpr int kFewer = kVecs > kBlockVecs ? kBlockVecs : 1;
+    add_values_from<T, kHeads, kFewer>(values, later, span, d, head_dim, weights, factor, accumulated, stride);
   }
 }
 
@@ -285,22 +311,19 @@ static void score_heads(const AttentionTile<T>& tile, int64_t query, Span span) 
   using Element = typename AttentionTile<T>::Element;
   const int64_t head_dim = tile.args.head_dim, stride = padded_head_dim(tile.args);
   const Element* queries = tile.queries + query * stride;
-  const auto key = [&](int64_t t) { return tile.keys + t * MultiplyAdd<T>::kDepth; };
   if (tile.own) {
-    dot_products_of_one<Element, kHeads>(queries, stride, tile.keys, head_dim, tile.args.scale, tile.weights);
+    dot_products_of_one<Element, kHeads>(queries, stride, tile.own_key, head_dim, tile.args.scale, tile.weights);
     return;
   }
-  const int64_t begin = span.begin / kLanes * kLanes;
-  for (int64_t t = begin; t < span.end; t += kBlockVecs * kLanes) {
-    const int64_t vecs = (span.end - t + kLanes - 1) / kLanes;
-    dot_products_of<Element, kHeads>(queries, stride, key(t), head_dim, tile.args.scale, tile.weights + t, vecs);
-  }
+  const int64_t begin = span.begin / kLanes * kLanes, vecs = (span.end - begin + kLanes - 1) / kLanes;
+  dot_products_of<T, kHeads>(queries, stride, tile.keys + begin * KeyStep<T>::kDepth, head_dim, tile.args.scale,
+                             tile.weights + begin, vecs);
 }
 
 // kHeads query heads from `query` on attend to `span` of the current chunk, whose values are given.
 template <typename T, int kHeads>
 static void attend_heads(const AttentionTile<T>& tile, const AttentionState& state, int64_t query,
-                         const T* const* values, Span span, PrefixCursor* ahead) {
+                         const T* const* values, const void* const* later, Span span) {
   score_heads<T, kHeads>(tile, query, span);
   float factor[kHeads];
   for (int h = 0; h < kHeads; ++h) {
@@ -308,29 +331,20 @@ static void attend_heads(const AttentionTile<T>& tile, const AttentionState& sta
   }
 
   const int64_t head_dim = tile.args.head_dim, stride = padded_head_dim(tile.args);
-  float* accumulated = state.accumulated + query * stride;
-  int64_t d = 0;
-  for (constexpr int64_t kStep = kBlockVecs * kLanes; d + kStep <= head_dim; d += kStep) {
-    add_values<T, kHeads, kBlockVecs>(values, span, d, kStep, ahead, tile.weights, factor, accumulated, stride);
-    ahead = nullptr;
-  }
-  for (; d < head_dim; d += kLanes) {
-    const int64_t width = head_dim - d < kLanes ? head_dim - d : kLanes;
-    add_values<T, kHeads, 1>(values, span, d, width, ahead, tile.weights, factor, accumulated, stride);
-    ahead = nullptr;
-  }
+  add_values_from<T, kHeads>(values, later, span, 0, head_dim, tile.weights, factor, state.accumulated + query * stride,
+                             stride);
 }
 
 // `heads` query heads from `query` on, as many at once as fit the registers.
 template <typename T, int kHeads = kHeadsAtOnce>
 static void attend(const AttentionTile<T>& tile, const AttentionState& state, int64_t query, int64_t heads,
-                   const T* const* values, Span span, PrefixCursor* ahead) {
+                   const T* const* values, const void* const* later, Span span) {
   for (; heads >= kHeads; heads -= kHeads, query += kHeads) {
-    attend_heads<T, kHeads>(tile, state, query, values, span, ahead);
-    ahead = nullptr;
+    attend_heads<T, kHeads>(tile, state, query, values, later, span);
+    later = nullptr;  // asked for
   }
   if constexpr (kHeads > 1) {
-    if (heads > 0) attend<T, kHeads - 1>(tile, state, query, heads, values, span, ahead);
+    if (heads > 0) attend<T, kHeads - 1>(tile, state, query, heads, values, later, span);
   }
 }
 
@@ -341,7 +355,7 @@ static void load_queries(AttentionTile<T>& tile) {
   for (int64_t i = 0; i < heads; ++i) {
     const T* query = static_cast<const T*>(args.query) + (tile.rows.begin + i / tile.group) * args.query_row_stride +
                      (tile.kv_head * tile.group + i % tile.group) * args.query_head_stride;
-    copy_head(query, args.head_dim, tile.queries + i * padded_head_dim(args));
+    copy_head(query, args.head_dim, padded_head_dim(args), tile.queries + i * padded_head_dim(args));
   }
 }
 
@@ -383,6 +397,18 @@ static void locate(const AttentionTile<T>& tile, int64_t begin, int64_t end, Chu
   }
 }
 
+// Finds as many positions further on, or where there are none, the same.
+template <typename T>
+static void look_ahead(PrefixStream* ahead, Chunk<T>* chunk) {
+  const Span span = chunk->span;
+  for (int64_t t = span.begin; t < span.end; ++t) {
+    chunk->later_keys[t] = chunk->keys[t];
+    chunk->later_values[t] = chunk->values[t];
+  }
+  next_positions(&ahead->keys, span.end - span.begin, chunk->later_keys + span.begin);
+  next_positions(&ahead->values, span.end - span.begin, chunk->later_values + span.begin);
+}
+
 // The positions that a row sees in the part that begins at `origin`, relative to it.
 static Span visible_within(const BranchAttentionArgs& args, int64_t row, int64_t origin, int64_t size) {
   const int64_t begin = first_visible(args, row) - origin, end = args.row_prefix_length[row] - origin;
@@ -405,13 +431,14 @@ static void attend_prefix_part(AttentionTile<T>& tile, int64_t part, const Atten
   Chunk<T> chunk;
   for (int64_t begin = begin_of_part(tile, part); begin < end; begin = chunk.origin + chunk.span.end) {
     locate(tile, begin, end, &chunk);
-    transpose_keys(chunk.keys, chunk.span, args.head_dim, &ahead->keys, tile.keys);
-    PrefixCursor* values = &ahead->values;
+    look_ahead(ahead, &chunk);
+    transpose_keys(chunk.keys, chunk.later_keys, chunk.span, args.head_dim, tile.keys);
+    const void* const* later = chunk.later_values;
     for (int64_t row = tile.rows.begin; row < tile.rows.end; ++row) {
       const Span visible = visible_within(args, row, chunk.origin, kChunk);
       if (visible.begin >= visible.end) continue;
-      attend(tile, state, (row - tile.rows.begin) * tile.group, tile.group, chunk.values, visible, values);
-      values = nullptr;  // asked for
+      attend(tile, state, (row - tile.rows.begin) * tile.group, tile.group, chunk.values, later, visible);
+      later = nullptr;  // asked for
     }
   }
 }
@@ -447,8 +474,8 @@ static void attend_own(AttentionTile<T>& tile) {
     const int64_t key = row * args.own_key_row_stride + tile.kv_head * args.own_key_head_stride;
     const T* value = static_cast<const T*>(args.own_value) + row * args.own_value_row_stride +
                      tile.kv_head * args.own_value_head_stride;
-    copy_head(static_cast<const T*>(args.own_key) + key, args.head_dim, tile.keys);
-    attend(tile, tile.total, (row - tile.rows.begin) * tile.group, tile.group, &value, {0, 1}, nullptr);
+    copy_head(static_cast<const T*>(args.own_key) + key, args.head_dim, padded_head_dim(args), tile.own_key);
+    attend(tile, tile.total, (row - tile.rows.begin) * tile.group, tile.group, &value, nullptr, {0, 1});
   }
   tile.own = false;
 }

@@ -36,10 +36,6 @@ struct MultiplyAdd<BFloat16> {
   static constexpr int64_t kBlockBytes = int64_t{1} << 40;  // no limit: from the second-level cache it is as fast
   using Operand = __m512bh;
   using Element = BFloat16;
-  static inline Vec elements(const BFloat16* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
-  static inline Vec elements(const BFloat16* p, int n) {
-    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << n) - 1), p));
-  }
   static inline Operand strip(const BFloat16* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
   static inline void store_strip(BFloat16* p, Operand strip) {
     _mm512_storeu_si512(p, reinterpret_cast<__m512i>(strip));
@@ -56,9 +52,9 @@ template <>
 struct WeightStep<BFloat16, BFloat16> {
   static constexpr int kDepth = 2;
   static inline int64_t index(int64_t lane, int64_t k) { return lane * kDepth + k; }
-  template <int kTurn>
-  static inline void load_turn(const BFloat16* p, __m512bh* strips) {
-    for (int s = 0; s < kStrips; ++s) strips[s] = MultiplyAdd<BFloat16>::strip(p + s * kLanes * kDepth);
+  template <int kTurn, int kVecs>
+  static inline void load_turn(const BFloat16* p, __m512bh (&operands)[kVecs]) {
+    for (int v = 0; v < kVecs; ++v) operands[v] = MultiplyAdd<BFloat16>::strip(p + v * kLanes * kDepth);
   }
 };
 
@@ -71,7 +67,7 @@ struct WeightStep<BFloat16, int8_t> {
   }
   // Sign and magnitude become bfloat16 by two look-ups, each in a table of two registers that bits 0 to 6 index.
   template <int kTurn>
-  static inline void load_turn(const int8_t* p, __m512bh* strips) {
+  static inline void load_turn(const int8_t* p, __m512bh (&strips)[kStrips]) {
     const __m512i stored = _mm512_loadu_si512(p);
     const __m512i low = look_up(kSmallIntegers.low, stored), high = look_up(kSmallIntegers.high, stored);
     const __m512i sign = _mm512_and_si512(stored, _mm512_set1_epi8(-128)), signed_high = _mm512_or_si512(high, sign);

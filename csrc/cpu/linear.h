@@ -3,8 +3,8 @@
 // A panel of weights, see packing.h, is multiplied with up to kRowsAtOnce rows whose sums stay in registers. Weights
 // become operands of the multiply-add on their way into the registers, which is exact; a group's sum of int8 weights is
 // then multiplied by its scale. For many rows int8 is converted once, into the caller's workspace. Inputs have been
-// converted before, see `operands`: each is read for every panel. With several tiles of rows a panel is taken in parts
-// of its depth that stay in the first-level cache.
+// converted before, see `operands`: each is read for every panel. Where operands are to stay in the first-level cache,
+// a panel is taken in parts of its depth, each by all tiles of rows.
 //
 // Every product is one chain of multiply-adds over the depth, with scales one per group and one over the groups. So its
 // bits depend neither on the rows it is computed with nor on the thread, and few rows and many give the same.
@@ -84,19 +84,6 @@ static void expand(const PackedPanels& panels, int64_t panel, DepthRange range, 
   }
 }
 
-// Adds the products of one turn of a step.
-template <typename Element, int kTurn, typename Weight, int kRows>
-static inline __attribute__((always_inline)) void add_turn(const Element* inputs, int64_t input_stride,
-                                                           const Weight* weights, Vec (&sum)[kRows][kStrips]) {
-  using Product = MultiplyAdd<Element>;
-  typename Product::Operand strip[kStrips];
-  WeightStep<Element, Weight>::template load_turn<kTurn>(weights, strip);
-  for (int r = 0; r < kRows; ++r) {
-    const typename Product::Operand input = Product::inputs(inputs + r * input_stride + kTurn * Product::kDepth);
-    for (int s = 0; s < kStrips; ++s) sum[r][s] = Product::apply(strip[s], input, sum[r][s]);
-  }
-}
-
 // sum[r] += W x for the kRows rows of a tile and the output features of a panel, over the inputs of `range`. Goes on in
 // the weights.
 template <typename Element, typename Weight, int kRows>
@@ -108,10 +95,7 @@ static inline __attribute__((always_inline)) void add_products(const Element* in
   for (int64_t k = range.begin; k < range.end; k += Step::kDepth, weights += kStepSize, ahead.weights += ahead.stride) {
     // Past the end a prefetch does nothing.
     for (int64_t line = 0; line < kStepBytes; line += kCacheLine) prefetch(ahead.weights + line);
-    add_turn<Element, 0>(inputs + k, input_stride, weights, sum);
-    if constexpr (Step::kDepth > MultiplyAdd<Element>::kDepth) {
-      add_turn<Element, 1>(inputs + k, input_stride, weights, sum);
-    }
+    add_step(inputs + k, input_stride, weights, sum);
   }
 }
 
@@ -206,21 +190,18 @@ static void apply_scales(const PackedPanels& panels, int64_t panel, int64_t rows
   }
 }
 
-// Adds the update to the sums of those rows that have one.
+// Adds the update to the sums of those rows of a tile that have one.
 template <typename T>
-static void add_update(const LinearArgs& args, int64_t panel, float* sums) {
-  const int64_t first = args.first_updated, rows = args.rows - first;
-  if (args.update.panels.packed == nullptr) return;
-  const int64_t num_tiles = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
-  for (int64_t index = 0; index < num_tiles; ++index) {
-    RowTile tile = row_tile(rows, index, num_tiles);
-    tile.rows = {first + tile.rows.begin, first + tile.rows.end};
-    float update[kRowsAtOnce * kPanelWidth];
-    multiply<T>(args.update, panel, tile, {0, args.update.panels.depth}, nullptr, update);
-    float* updated = sums + tile.rows.begin * kPanelWidth;
-    for (int64_t i = 0; i < (tile.rows.end - tile.rows.begin) * kPanelWidth; i += kLanes) {
-      store(updated + i, add(load(updated + i), load(update + i)));
-    }
+static void add_update(const LinearArgs& args, int64_t panel, const RowTile& tile, float* sums) {
+  const int64_t begin = tile.rows.begin, end = tile.rows.end;
+  const int64_t first = begin > args.first_updated ? begin : args.first_updated;
+  if (args.update.panels.packed == nullptr || first >= end) return;
+  float update[kRowsAtOnce * kPanelWidth];
+  multiply<T>(args.update, panel, {{first, end}, tile.index, tile.count}, {0, args.update.panels.depth}, nullptr,
+              update);
+  sums += (first - begin) * kPanelWidth;
+  for (int64_t i = 0; i < (end - first) * kPanelWidth; i += kLanes) {
+    store(sums + i, add(load(sums + i), load(update + i)));
   }
 }
 
@@ -271,17 +252,17 @@ static inline void add_bias(const float* bias, int64_t rows, float* sums) {
   }
 }
 
-// Writes the features of a panel, whose sums are given.
+// Writes the features of a panel for some rows, whose sums are given.
 template <typename T>
-static void finish_rows(const LinearArgs& args, int64_t panel, float* sums) {
+static void finish_rows(const LinearArgs& args, int64_t panel, RowRange rows, float* sums) {
   const int64_t features = is_gated(args.epilogue) ? kLanes : kPanelWidth;
   const int64_t first = panel * features, rest = args.out_features - first;
   const int64_t size = rest < features ? rest : features;
-  if (args.bias != nullptr) add_bias(args.bias + panel * kPanelWidth, args.rows, sums);
+  if (args.bias != nullptr) add_bias(args.bias + panel * kPanelWidth, rows.end - rows.begin, sums);
   // A loop per epilogue: what does not change from row to row stays in registers.
   const auto each_row = [&](const auto& finish) {
     float* of_row = sums;
-    for (int64_t row = 0; row < args.rows; ++row, of_row += kPanelWidth) {
+    for (int64_t row = rows.begin; row < rows.end; ++row, of_row += kPanelWidth) {
       finish(row, of_row, row * args.output_stride + first);
     }
   };
@@ -316,6 +297,8 @@ static void finish_rows(const LinearArgs& args, int64_t panel, float* sums) {
   }
 }
 
+static_assert(kRowsAtOnceInGroups <= kRowsAtOnce, "a tile has no more rows");
+
 // How a product is divided, which changes none of its bits.
 template <typename T>
 struct Division {
@@ -337,7 +320,23 @@ struct Division {
 
   // Bytes of the weights that are expanded at once.
   int64_t expanded_bytes() const { return expands ? depth_at_once * kPanelWidth * int64_t{sizeof(Element)} : 0; }
+
+  // Sums of the first depths wait for those of the next.
+  int64_t waiting_bytes(int64_t depth, int64_t rows) const {
+    return depth_at_once < depth ? rows * kPanelWidth * int64_t{sizeof(float)} : 0;
+  }
 };
+
+// From the products of a tile's rows with a panel to its outputs.
+template <typename T>
+static void finish_tile(const LinearArgs& args, int64_t panel, const RowTile& tile, float* sums) {
+  const PackedPanels& packed = args.weights.panels;
+  if (packed.scales != nullptr && !has_groups(packed)) {
+    apply_scales(packed, panel, tile.rows.end - tile.rows.begin, sums);
+  }
+  add_update<T>(args, panel, tile, sums);
+  finish_rows<T>(args, panel, tile.rows, sums);
+}
 
 template <typename T>
 static void linear_of(const LinearArgs& args, RowRange panels) {
@@ -346,19 +345,19 @@ static void linear_of(const LinearArgs& args, RowRange panels) {
   const int64_t num_tiles = (args.rows + division.rows_at_once - 1) / division.rows_at_once;
   char* workspace = static_cast<char*>(args.workspace);
   auto* expanded = division.expands ? reinterpret_cast<typename MultiplyAdd<T>::Element*>(workspace) : nullptr;
-  float* sums = reinterpret_cast<float*>(workspace + division.expanded_bytes());
+  float* waiting = reinterpret_cast<float*>(workspace + division.expanded_bytes());
+  float finished[kRowsAtOnce * kPanelWidth];
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (DepthRange range = {0, 0}; range.end < packed.depth; range.begin = range.end) {
       range.end = least(range.begin + division.depth_at_once, packed.depth);
       if (division.expands) expand(packed, panel, range, expanded);
       for (int64_t index = 0; index < num_tiles; ++index) {
         const RowTile tile = row_tile(args.rows, index, num_tiles);
-        multiply<T>(args.weights, panel, tile, range, expanded, sums + tile.rows.begin * kPanelWidth);
+        float* sums = division.depth_at_once < packed.depth ? waiting + tile.rows.begin * kPanelWidth : finished;
+        multiply<T>(args.weights, panel, tile, range, expanded, sums);
+        if (range.end == packed.depth) finish_tile<T>(args, panel, tile, sums);
       }
     }
-    if (packed.scales != nullptr && !has_groups(packed)) apply_scales(packed, panel, args.rows, sums);
-    add_update<T>(args, panel, sums);
-    finish_rows<T>(args, panel, sums);
   }
 }
 
@@ -368,9 +367,10 @@ static void linear(const LinearArgs& args, RowRange panels) {
 
 // Bytes of LinearArgs::workspace.
 static int64_t linear_workspace(DType dtype, const PackedPanels& panels, int64_t rows) {
-  const int64_t expanded = dtype == DType::kFloat32 ? Division<float>(panels, rows).expanded_bytes()
-                                                    : Division<BFloat16>(panels, rows).expanded_bytes();
-  return expanded + rows * kPanelWidth * int64_t{sizeof(float)};
+  const auto bytes = [&](const auto& division) {
+    return division.expanded_bytes() + division.waiting_bytes(panels.depth, rows);
+  };
+  return dtype == DType::kFloat32 ? bytes(Division<float>(panels, rows)) : bytes(Division<BFloat16>(panels, rows));
 }
 
 static int64_t element_size(DType dtype) {
@@ -385,11 +385,7 @@ static LinearInput operands(DType dtype, const LinearInput& input, int64_t rows,
   if (operands_size(dtype, rows, depth) == 0) return input;
   const BFloat16* from = static_cast<const BFloat16*>(input.rows);
   float* to = static_cast<float*>(buffer);
-  for (int64_t row = 0; row < rows; ++row, from += input.stride, to += depth) {
-    int64_t k = 0;
-    for (; k + kLanes <= depth; k += kLanes) store(to + k, load(from + k));
-    for (; k < depth; ++k) to[k] = to_float(from[k]);
-  }
+  for (int64_t row = 0; row < rows; ++row, from += input.stride, to += depth) to_elements(from, depth, to);
   return {buffer, depth};
 }
 

@@ -16,14 +16,7 @@ PrefixCursor cursor_of(const PrefixRun* runs, const PrefixRun* end, bool values)
   return cursor;
 }
 
-}  // namespace
-
-void start(PrefixStream* stream, const PrefixRun* runs, const PrefixRun* end) {
-  *stream = {cursor_of(runs, end, false), cursor_of(runs, end, true)};
-  ask(&stream->keys, kAhead);
-  ask(&stream->values, kAhead);
-}
-
+// Goes on to the next block; false at the end.
 bool next_block(PrefixCursor* cursor) {
   while (cursor->run != cursor->end && cursor->position >= cursor->run->end) {
     if (++cursor->run != cursor->end) cursor->position = cursor->run->begin;
@@ -40,10 +33,39 @@ bool next_block(PrefixCursor* cursor) {
   const char* storage = static_cast<const char*>(cursor->values ? args.value_cache : args.key_cache);
   cursor->next = storage + ((cursor->values ? value : key) + offset * stride) * size;
   cursor->stride = stride * size;
-  cursor->bytes = args.head_dim * size;
   cursor->left = std::min(args.block_size - offset, run.end - cursor->position);
   cursor->position += cursor->left;
   return true;
+}
+
+// Asks for the first positions. For the second-level cache, which can wait for more lines at once than the first.
+void ask_for_first(PrefixCursor* cursor) {
+  const void* addresses[kAhead] = {};
+  if (cursor->run == cursor->end) return;
+  const BranchAttentionArgs& args = *cursor->run->args;
+  const int64_t bytes = args.head_dim * size_of(args.dtype);
+  next_positions(cursor, kAhead, addresses);
+  for (int64_t i = 0; i < kAhead && addresses[i] != nullptr; ++i) {
+    const char* position = static_cast<const char*>(addresses[i]);
+    for (int64_t line = 0; line < bytes; line += kCacheLine) __builtin_prefetch(position + line, 0, 2);
+  }
+}
+
+}  // namespace
+
+void start(PrefixStream* stream, const PrefixRun* runs, const PrefixRun* end) {
+  *stream = {cursor_of(runs, end, false), cursor_of(runs, end, true)};
+  ask_for_first(&stream->keys);
+  ask_for_first(&stream->values);
+}
+
+void next_positions(PrefixCursor* cursor, int64_t count, const void** addresses) {
+  while (count > 0 && (cursor->left > 0 || next_block(cursor))) {
+    const int64_t found = std::min(count, cursor->left);
+    for (int64_t i = 0; i < found; ++i, cursor->next += cursor->stride) *addresses++ = cursor->next;
+    cursor->left -= found;
+    count -= found;
+  }
 }
 
 }  // namespace llm2_fast

@@ -64,13 +64,17 @@ static inline uint32_t at_least(Vec a, Vec b) {
   return bits;
 }
 
+static inline Vec float_of(Words words) {
+  Vec v;
+  std::memcpy(&v, &words, sizeof(v));
+  return v;
+}
+
 // 2**n for a whole n in [-127, 127] that is given as n + 1.5 * 2**23; zero for -127.
 static inline Vec exp2_of_shifted(Vec shifted) {
   Words words;
   std::memcpy(&words, &shifted, sizeof(words));
-  words = (words + 127u) << 23;
-  std::memcpy(&shifted, &words, sizeof(words));
-  return shifted;
+  return float_of((words + 127u) << 23);
 }
 
 static inline Vec load(const float* p) {
@@ -94,11 +98,6 @@ static inline Vec load(const int8_t* p) {
 
 // Of kLanes pairs at p, the first or the second of each.
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first of a pair is the lower half of a word");
-static inline Vec float_of(Words words) {
-  Vec v;
-  std::memcpy(&v, &words, sizeof(v));
-  return v;
-}
 static inline Words load_pairs(const BFloat16* p) {
   Words words;
   std::memcpy(&words, p, sizeof(words));
