@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD_REQUIREMENTS := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.20' ninja
+# Test processes beside each other: most kernels run in an interpreter, on one processor.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 EXTRAS := .venv-extras
 PEERS := .venv-peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -23,7 +25,7 @@ demo: $(VENV)/.demo-model ## Watch System 2 steer a small model.
 	$(BIN)/llm2-fast demo
 
 test: $(VENV)/.demo-model cpp-test ## Run the C++ and the Python tests.
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 cpp-test: build/cpp-test ## Build and run the C++ tests.
 
