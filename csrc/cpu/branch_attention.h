@@ -23,7 +23,7 @@ constexpr int64_t kChunk = 64;
 static_assert(kAttentionPart % kChunk == 0, "a part consists of whole chunks");
 constexpr int kBlockVecs = 4;  // vectors per head that are accumulated in registers
 
-// The same for few heads, so that enough multiply-adds wait for no other.
+// For so many heads at once: twice as many for few, so that enough multiply-adds wait for no other.
 constexpr int vecs_at_once(int heads) {
   return heads * 2 * kBlockVecs <= kHeadsAtOnce * kBlockVecs ? 2 * kBlockVecs : kBlockVecs;
 }
@@ -135,10 +135,13 @@ static void copy_head(const T* head, int64_t head_dim, int64_t padded, typename 
 // A vector of memory at p, of which `size` elements exist; the others are zero.
 template <typename T>
 static inline Vec load_memory(const T* p, int64_t size) {
-  if (size * sizeof(T) >= kLanes * sizeof(float)) return load(reinterpret_cast<const float*>(p));
-  float words[kLanes] = {};
-  __builtin_memcpy(words, p, static_cast<size_t>(size) * sizeof(T));
-  return load(words);
+  Vec v = set1(0.0f);
+  if (size * sizeof(T) == sizeof(v)) {
+    __builtin_memcpy(&v, p, sizeof(v));
+  } else {
+    __builtin_memcpy(&v, p, static_cast<size_t>(size) * sizeof(T));
+  }
+  return v;
 }
 
 // Transposes the keys of a chunk, and asks for those that come later.
@@ -187,7 +190,8 @@ static void dot_products(const typename MultiplyAdd<T>::Element* queries, int64_
 }
 
 // The same for `vecs` vectors.
-template <typename T, int kHeads, int kVecs = vecs_at_once(kHeads)>
+template <typename T, int kHeads,
+          int kVecs = vecs_at_once(kHeads) * kLanes < kChunk ? vecs_at_once(kHeads) : kChunk / kLanes>
 static void dot_products_of(const typename MultiplyAdd<T>::Element* queries, int64_t stride, const T* keys,
                             int64_t head_dim, float scale, float* scores, int64_t vecs) {
   for (; vecs >= kVecs; vecs -= kVecs, keys += kVecs * kLanes * KeyStep<T>::kDepth, scores += kVecs * kLanes) {
@@ -248,7 +252,8 @@ static inline void load_values(const BFloat16* p, Vec* two) {
   two[1] = load_second_of_pairs(p);
 }
 
-// Where element d is accumulated: values are loaded in blocks of kBlockVecs vectors, and the rest one by one.
+// Where element d is accumulated: values are loaded two vectors at a time in blocks of kBlockVecs vectors, and the rest
+// one by one.
 template <typename T>
 static inline int64_t accumulated_at(int64_t d, int64_t head_dim) {
   constexpr int64_t kStep = kBlockVecs * kLanes;
@@ -433,12 +438,12 @@ static void attend_prefix_part(AttentionTile<T>& tile, int64_t part, const Atten
     locate(tile, begin, end, &chunk);
     look_ahead(ahead, &chunk);
     transpose_keys(chunk.keys, chunk.later_keys, chunk.span, args.head_dim, tile.keys);
-    const void* const* later = chunk.later_values;
     for (int64_t row = tile.rows.begin; row < tile.rows.end; ++row) {
       const Span visible = visible_within(args, row, chunk.origin, kChunk);
       if (visible.begin >= visible.end) continue;
+      // The last row of a prompt sees most.
+      const void* const* later = row + 1 == tile.rows.end ? chunk.later_values : nullptr;
       attend(tile, state, (row - tile.rows.begin) * tile.group, tile.group, chunk.values, later, visible);
-      later = nullptr;  // asked for
     }
   }
 }

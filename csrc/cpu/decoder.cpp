@@ -78,7 +78,7 @@ class Prefetch {
   // False once all is asked for.
   bool operator()() {
     const char* end = end_ - next_ > kPrefetchedAtOnce ? next_ + kPrefetchedAtOnce : end_;
-    for (; next_ < end; next_ += kCacheLine) __builtin_prefetch(next_, 0, 2);
+    for (; next_ < end; next_ += kCacheLine) prefetch(next_);
     return next_ < end_;
   }
 
@@ -190,6 +190,9 @@ void Decoder::Workspace::reserve_linear(const DecoderWeights& weights, const Ker
   for (const DecoderLayer& layer : weights.layers) {
     for (const AdaptedLinear* adapted : linear_layers(layer)) {
       bytes = std::max(bytes, table.linear_workspace(spec.dtype, adapted->weight->panels(), rows));
+      if (adapted->lora_a) {
+        bytes = std::max(bytes, table.linear_workspace(spec.dtype, adapted->lora_a->panels(), rows));
+      }
     }
   }
   const int64_t depth = std::max({spec.hidden_size, spec.num_heads * spec.head_dim, gated_stride});

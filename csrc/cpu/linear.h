@@ -197,8 +197,7 @@ static void add_update(const LinearArgs& args, int64_t panel, const RowTile& til
   const int64_t first = begin > args.first_updated ? begin : args.first_updated;
   if (args.update.panels.packed == nullptr || first >= end) return;
   float update[kRowsAtOnce * kPanelWidth];
-  multiply<T>(args.update, panel, {{first, end}, tile.index, tile.count}, {0, args.update.panels.depth}, nullptr,
-              update);
+  multiply<T>(args.update, panel, {{first, end}, 0, 1}, {0, args.update.panels.depth}, nullptr, update);
   sums += (first - begin) * kPanelWidth;
   for (int64_t i = 0; i < (end - first) * kPanelWidth; i += kLanes) {
     store(sums + i, add(load(sums + i), load(update + i)));
@@ -304,10 +303,12 @@ template <typename T>
 struct Division {
   using Element = typename MultiplyAdd<T>::Element;
 
+  const int64_t rows;
   bool expands;  // int8 weights, before they are multiplied
+  bool waits;    // sums of all rows, for the next part of the depth
   int64_t rows_at_once, depth_at_once;
 
-  Division(const PackedPanels& panels, int64_t rows) {
+  Division(const PackedPanels& panels, int64_t rows_) : rows(rows_) {
     const bool quantized = panels.scales != nullptr, groups = has_groups(panels);
     expands = quantized && rows >= kManyRows;
     // Sums of a group and of the groups before it are to fit the registers together.
@@ -315,16 +316,14 @@ struct Division {
     const int64_t group_size = groups ? panels.group_size : 0;
     const int64_t block = quantized ? block_depth<Element, Element>(panels.depth, group_size)
                                     : block_depth<Element, T>(panels.depth, group_size);
-    depth_at_once = (rows > rows_at_once || expands) && block < panels.depth ? block : panels.depth;
+    waits = (rows > rows_at_once || expands) && block < panels.depth;
+    depth_at_once = waits ? block : panels.depth;
   }
 
   // Bytes of the weights that are expanded at once.
   int64_t expanded_bytes() const { return expands ? depth_at_once * kPanelWidth * int64_t{sizeof(Element)} : 0; }
 
-  // Sums of the first depths wait for those of the next.
-  int64_t waiting_bytes(int64_t depth, int64_t rows) const {
-    return depth_at_once < depth ? rows * kPanelWidth * int64_t{sizeof(float)} : 0;
-  }
+  int64_t waiting_bytes() const { return waits ? rows * kPanelWidth * int64_t{sizeof(float)} : 0; }
 };
 
 // From the products of a tile's rows with a panel to its outputs.
@@ -353,7 +352,7 @@ static void linear_of(const LinearArgs& args, RowRange panels) {
       if (division.expands) expand(packed, panel, range, expanded);
       for (int64_t index = 0; index < num_tiles; ++index) {
         const RowTile tile = row_tile(args.rows, index, num_tiles);
-        float* sums = division.depth_at_once < packed.depth ? waiting + tile.rows.begin * kPanelWidth : finished;
+        float* sums = division.waits ? waiting + tile.rows.begin * kPanelWidth : finished;
         multiply<T>(args.weights, panel, tile, range, expanded, sums);
         if (range.end == packed.depth) finish_tile<T>(args, panel, tile, sums);
       }
@@ -367,9 +366,7 @@ static void linear(const LinearArgs& args, RowRange panels) {
 
 // Bytes of LinearArgs::workspace.
 static int64_t linear_workspace(DType dtype, const PackedPanels& panels, int64_t rows) {
-  const auto bytes = [&](const auto& division) {
-    return division.expanded_bytes() + division.waiting_bytes(panels.depth, rows);
-  };
+  const auto bytes = [&](const auto& division) { return division.expanded_bytes() + division.waiting_bytes(); };
   return dtype == DType::kFloat32 ? bytes(Division<float>(panels, rows)) : bytes(Division<BFloat16>(panels, rows));
 }
 

@@ -3,19 +3,13 @@
 
 #include <cstdint>
 
-#include "llm2_fast/dtype.h"
+#include "kernels.h"
 
 namespace llm2_fast {
 namespace LLM2_FAST_TIER {
 
 constexpr int kStrips = 2;
 constexpr int kPanelWidth = kStrips * kLanes;
-
-// Asks for a line for the second-level cache, which can wait for more of them at once than the first. As a call GCC
-// would take it for one without effects and leave it out.
-static inline __attribute__((always_inline)) void prefetch(const void* address) {
-  __builtin_prefetch(address, 0, 2);
-}
 
 // Adds kDepth products of operands of type T to each lane of a sum.
 template <typename T>
@@ -25,8 +19,6 @@ struct MultiplyAdd {
   using Operand = Vec;
   // What T is kept as where it is an operand many times: `MultiplyAdd<Element>` multiplies the same numbers.
   using Element = float;
-  // kLanes operands.
-  static inline Operand strip(const T* p) { return load(p); }
   static inline void store_strip(Element* p, Operand strip) { store(p, strip); }
   // [kDepth] inputs, the same for all lanes.
   static inline Operand inputs(const T* p) { return set1(to_float(*p)); }

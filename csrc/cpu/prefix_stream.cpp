@@ -38,7 +38,7 @@ bool next_block(PrefixCursor* cursor) {
   return true;
 }
 
-// Asks for the first positions. For the second-level cache, which can wait for more lines at once than the first.
+// Asks for the first positions.
 void ask_for_first(PrefixCursor* cursor) {
   const void* addresses[kAhead] = {};
   if (cursor->run == cursor->end) return;
@@ -47,7 +47,7 @@ void ask_for_first(PrefixCursor* cursor) {
   next_positions(cursor, kAhead, addresses);
   for (int64_t i = 0; i < kAhead && addresses[i] != nullptr; ++i) {
     const char* position = static_cast<const char*>(addresses[i]);
-    for (int64_t line = 0; line < bytes; line += kCacheLine) __builtin_prefetch(position + line, 0, 2);
+    for (int64_t line = 0; line < bytes; line += kCacheLine) prefetch(position + line);
   }
 }
 

@@ -1,4 +1,4 @@
-// Asks memory for the keys and values of prefixes before attention gets to them, evenly, across heads and sequences.
+// Where attention will get to, across heads and sequences, so that it can ask memory for keys and values before.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct PrefixRun {
   int64_t begin, end;
 };
 
-// How far keys or values have been asked for.
+// How far keys or values have been found.
 struct PrefixCursor {
   bool values;                 // or keys
   const PrefixRun *run, *end;  // what is left
@@ -24,7 +24,8 @@ struct PrefixCursor {
   int64_t stride;              // bytes from one to the next
 };
 
-// What attention reads, in the order in which it does. For each position that it works on, it asks for one more.
+// What attention reads, in the order in which it does, some positions ahead of it. For each position that it works on
+// it takes the next one from here and asks for it.
 struct PrefixStream {
   PrefixCursor keys, values;
 };

@@ -139,6 +139,16 @@ void test_gated(Epilogue epilogue, Isa isa) {
   }
 }
 
+// Different ones, between -2 and 2.
+template <typename T>
+std::vector<T> numbers(int64_t count, int factor) {
+  std::vector<T> values(static_cast<size_t>(count));
+  for (size_t i = 0; i < values.size(); ++i) {
+    from_float(static_cast<float>(static_cast<int>(i * static_cast<size_t>(factor) % 255) - 127) / 64.0f, &values[i]);
+  }
+  return values;
+}
+
 // Many rows give the bits of each alone, and products are those of what is kept of the weights. With a group size of 0
 // that is all of them.
 template <typename T>
@@ -146,19 +156,12 @@ void test_many_rows(int64_t in_features, int64_t group_size, Isa isa) {
   current_case = std::to_string(in_features) + " inputs in groups of " + std::to_string(group_size) + ", " +
                  isa_name(isa) + (sizeof(T) == 2 ? ", bfloat16" : ", float32");
   constexpr int64_t kOut = 83, kMany = 41;
-  const auto numbers = [](int64_t count, int factor) {
-    std::vector<T> values(static_cast<size_t>(count));
-    for (size_t i = 0; i < values.size(); ++i) {
-      from_float(static_cast<float>(static_cast<int>(i * static_cast<size_t>(factor) % 255) - 127) / 64.0f, &values[i]);
-    }
-    return values;
-  };
-  const std::vector<T> weights = numbers(kOut * in_features, 37);
+  const std::vector<T> weights = numbers<T>(kOut * in_features, 37);
   const DType dtype = sizeof(T) == 2 ? DType::kBFloat16 : DType::kFloat32;
   const PackedLinear layer(dtype, {{weights.data(), kOut, in_features, nullptr}}, in_features, Arrangement::kStacked,
                            isa, 1, group_size);
   const int64_t depth = layer.depth();
-  std::vector<T> input = numbers(kMany * depth, 101);
+  std::vector<T> input = numbers<T>(kMany * depth, 101);
   for (int64_t row = 0; row < kMany; ++row) {
     for (int64_t k = in_features; k < depth; ++k) input[static_cast<size_t>(row * depth + k)] = T{};
   }
@@ -180,6 +183,43 @@ void test_many_rows(int64_t in_features, int64_t group_size, Isa isa) {
   }
 }
 
+// The update is added to the finished sums of the rows that have one, and to no others.
+template <typename T>
+void test_updated_rows(int64_t in_features, int64_t first_updated, Isa isa) {
+  current_case = std::to_string(in_features) + " inputs, updated from row " + std::to_string(first_updated) + " on, " +
+                 isa_name(isa) + (sizeof(T) == 2 ? ", bfloat16" : ", float32");
+  constexpr int64_t kOut = 83, kCount = 17, kRank = 6;
+  const DType dtype = sizeof(T) == 2 ? DType::kBFloat16 : DType::kFloat32;
+  const KernelTable& table = kernels(isa);
+  const std::vector<T> weights = numbers<T>(kOut * in_features, 37), factors = numbers<T>(kOut * kRank, 11);
+  const PackedLinear layer(dtype, {{weights.data(), kOut, in_features, nullptr}}, in_features, Arrangement::kStacked,
+                           isa, 1);
+  const PackedLinear b(dtype, {{factors.data(), kOut, kRank, nullptr}}, kRank, Arrangement::kStacked, isa, 1);
+  const std::vector<T> input = numbers<T>(kCount * in_features, 101), low_rank = numbers<T>(kCount * kRank, 53);
+  const AlignedBuffer inputs(table.operands_size(dtype, kCount, in_features));
+  const AlignedBuffer updates(table.operands_size(dtype, kCount, kRank));
+  std::vector<float> output(kCount * kOut), sums(kCount * kOut), added(kCount * kOut);
+  LinearArgs args = {};
+  args.dtype = dtype;
+  args.weights = {layer.panels(),
+                  table.operands(dtype, {input.data(), in_features}, kCount, in_features, inputs.data())};
+  args.update = {b.panels(), table.operands(dtype, {low_rank.data(), kRank}, kCount, kRank, updates.data())};
+  args.first_updated = first_updated;
+  args.rows = kCount;
+  args.out_features = args.output_stride = kOut;
+  args.epilogue = Epilogue::kStoreFloat;
+  args.output = output.data();
+  const AlignedBuffer workspace(table.linear_workspace(dtype, layer.panels(), kCount));
+  args.workspace = workspace.data();
+  table.linear(args, {0, layer.num_panels()});
+  layer.multiply(input.data(), kCount, sums.data(), 1);
+  b.multiply(low_rank.data(), kCount, added.data(), 1);
+  for (size_t i = 0; i < output.size(); ++i) {
+    const bool updated = static_cast<int64_t>(i) >= first_updated * kOut;
+    CHECK(same_bits(output[i], updated ? sums[i] + added[i] : sums[i]));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -195,6 +235,12 @@ int main() {
       for (int64_t group_size : {int64_t{0}, int64_t{32}, int64_t{128}, in_features}) {
         test_many_rows<float>(in_features, group_size, isa);
         test_many_rows<BFloat16>(in_features, group_size, isa);
+      }
+    }
+    for (int64_t in_features : {76, 1200}) {
+      for (int64_t first_updated : {0, 7, 16, 17}) {
+        test_updated_rows<float>(in_features, first_updated, isa);
+        test_updated_rows<BFloat16>(in_features, first_updated, isa);
       }
     }
     std::printf("%s: done\n", isa_name(isa));
