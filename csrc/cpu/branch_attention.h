@@ -25,7 +25,7 @@ constexpr int kBlockVecs = 4;  // vectors per head that are accumulated in regis
 
 // For so many heads at once: twice as many for few, so that enough multiply-adds wait for no other.
 constexpr int vecs_at_once(int heads) {
-  return heads * 2 * kBlockVecs <= kHeadsAtOnce * kBlockVecs ? 2 * kBlockVecs : kBlockVecs;
+  return 2 * heads <= kHeadsAtOnce ? 2 * kBlockVecs : kBlockVecs;
 }
 
 // Transposed keys are stored as weights of a linear layer whose output features are positions.
