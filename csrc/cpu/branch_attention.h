@@ -30,7 +30,7 @@ constexpr int vecs_at_once(int heads) {
 
 // Transposed keys are stored as weights of a linear layer whose output features are positions.
 template <typename T>
-using KeyStep = WeightStep<typename MultiplyAdd<T>::Element, T>;
+using KeyStep = StepOf<T, T>;
 
 // A multiple of the elements that a vector of memory holds.
 static int64_t padded_head_dim(const BranchAttentionArgs& args) {
@@ -127,9 +127,9 @@ static AttentionTile<T> make_tile(const BranchAttentionArgs& args, void* workspa
 
 // Copies the vector of one head, padded with zeros.
 template <typename T>
-static void copy_head(const T* head, int64_t head_dim, int64_t padded, typename MultiplyAdd<T>::Element* output) {
-  to_elements(head, head_dim, output);
-  for (int64_t d = head_dim; d < padded; ++d) from_float(0.0f, output + d);
+static void copy_head(const BranchAttentionArgs& args, const T* head, typename MultiplyAdd<T>::Element* output) {
+  to_elements(head, args.head_dim, output);
+  for (int64_t d = args.head_dim; d < padded_head_dim(args); ++d) from_float(0.0f, output + d);
 }
 
 // A vector of memory at p, of which `size` elements exist; the others are zero.
@@ -360,7 +360,7 @@ static void load_queries(AttentionTile<T>& tile) {
   for (int64_t i = 0; i < heads; ++i) {
     const T* query = static_cast<const T*>(args.query) + (tile.rows.begin + i / tile.group) * args.query_row_stride +
                      (tile.kv_head * tile.group + i % tile.group) * args.query_head_stride;
-    copy_head(query, args.head_dim, padded_head_dim(args), tile.queries + i * padded_head_dim(args));
+    copy_head(args, query, tile.queries + i * padded_head_dim(args));
   }
 }
 
@@ -402,16 +402,11 @@ static void locate(const AttentionTile<T>& tile, int64_t begin, int64_t end, Chu
   }
 }
 
-// Finds as many positions further on, or where there are none, the same.
+// Finds as many positions further on, or where there are none, those of now.
 template <typename T>
-static void look_ahead(PrefixStream* ahead, Chunk<T>* chunk) {
-  const Span span = chunk->span;
-  for (int64_t t = span.begin; t < span.end; ++t) {
-    chunk->later_keys[t] = chunk->keys[t];
-    chunk->later_values[t] = chunk->values[t];
-  }
-  next_positions(&ahead->keys, span.end - span.begin, chunk->later_keys + span.begin);
-  next_positions(&ahead->values, span.end - span.begin, chunk->later_values + span.begin);
+static void look_ahead(PrefixCursor* ahead, Span span, const T* const* now, const void** later) {
+  const int64_t found = next_positions(ahead, span.end - span.begin, later + span.begin);
+  for (int64_t t = span.begin + found; t < span.end; ++t) later[t] = now[t];
 }
 
 // The positions that a row sees in the part that begins at `origin`, relative to it.
@@ -436,7 +431,8 @@ static void attend_prefix_part(AttentionTile<T>& tile, int64_t part, const Atten
   Chunk<T> chunk;
   for (int64_t begin = begin_of_part(tile, part); begin < end; begin = chunk.origin + chunk.span.end) {
     locate(tile, begin, end, &chunk);
-    look_ahead(ahead, &chunk);
+    look_ahead(&ahead->keys, chunk.span, chunk.keys, chunk.later_keys);
+    look_ahead(&ahead->values, chunk.span, chunk.values, chunk.later_values);
     transpose_keys(chunk.keys, chunk.later_keys, chunk.span, args.head_dim, tile.keys);
     for (int64_t row = tile.rows.begin; row < tile.rows.end; ++row) {
       const Span visible = visible_within(args, row, chunk.origin, kChunk);
@@ -479,7 +475,7 @@ static void attend_own(AttentionTile<T>& tile) {
     const int64_t key = row * args.own_key_row_stride + tile.kv_head * args.own_key_head_stride;
     const T* value = static_cast<const T*>(args.own_value) + row * args.own_value_row_stride +
                      tile.kv_head * args.own_value_head_stride;
-    copy_head(static_cast<const T*>(args.own_key) + key, args.head_dim, padded_head_dim(args), tile.own_key);
+    copy_head(args, static_cast<const T*>(args.own_key) + key, tile.own_key);
     attend(tile, tile.total, (row - tile.rows.begin) * tile.group, tile.group, &value, nullptr, {0, 1});
   }
   tile.own = false;

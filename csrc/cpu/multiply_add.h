@@ -55,6 +55,10 @@ struct WeightStep<float, BFloat16> {
   }
 };
 
+// Of weights that are multiplied with inputs of type T.
+template <typename T, typename Weight>
+using StepOf = WeightStep<typename MultiplyAdd<T>::Element, Weight>;
+
 // Adds the products of one turn of a step.
 template <typename Element, int kTurn, typename Weight, int kRows, int kVecs>
 static inline __attribute__((always_inline)) void add_turn(const Element* inputs, int64_t input_stride,
@@ -79,10 +83,8 @@ static inline __attribute__((always_inline)) void add_step(const Element* inputs
 }
 
 // What `T`s are kept as where they are operands many times.
-static inline void to_elements(const float* from, int64_t size, float* to) {
-  for (int64_t i = 0; i < size; ++i) to[i] = from[i];
-}
-static inline void to_elements(const BFloat16* from, int64_t size, BFloat16* to) {
+template <typename T>
+static inline void to_elements(const T* from, int64_t size, T* to) {
   for (int64_t i = 0; i < size; ++i) to[i] = from[i];
 }
 static inline void to_elements(const BFloat16* from, int64_t size, float* to) {

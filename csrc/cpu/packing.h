@@ -18,10 +18,6 @@
 namespace llm2_fast {
 namespace LLM2_FAST_TIER {
 
-// Of weights that are multiplied with inputs of type T.
-template <typename T, typename Weight>
-using StepOf = WeightStep<typename MultiplyAdd<T>::Element, Weight>;
-
 constexpr float kLargestInt8 = 127.0f;  // not -128: the range is symmetric
 
 static PanelShape panel_shape(DType dtype) {

@@ -40,12 +40,12 @@ bool next_block(PrefixCursor* cursor) {
 
 // Asks for the first positions.
 void ask_for_first(PrefixCursor* cursor) {
-  const void* addresses[kAhead] = {};
   if (cursor->run == cursor->end) return;
   const BranchAttentionArgs& args = *cursor->run->args;
   const int64_t bytes = args.head_dim * size_of(args.dtype);
-  next_positions(cursor, kAhead, addresses);
-  for (int64_t i = 0; i < kAhead && addresses[i] != nullptr; ++i) {
+  const void* addresses[kAhead];
+  const int64_t found = next_positions(cursor, kAhead, addresses);
+  for (int64_t i = 0; i < found; ++i) {
     const char* position = static_cast<const char*>(addresses[i]);
     for (int64_t line = 0; line < bytes; line += kCacheLine) prefetch(position + line);
   }
@@ -59,13 +59,13 @@ void start(PrefixStream* stream, const PrefixRun* runs, const PrefixRun* end) {
   ask_for_first(&stream->values);
 }
 
-void next_positions(PrefixCursor* cursor, int64_t count, const void** addresses) {
-  while (count > 0 && (cursor->left > 0 || next_block(cursor))) {
-    const int64_t found = std::min(count, cursor->left);
-    for (int64_t i = 0; i < found; ++i, cursor->next += cursor->stride) *addresses++ = cursor->next;
-    cursor->left -= found;
-    count -= found;
+int64_t next_positions(PrefixCursor* cursor, int64_t count, const void** addresses) {
+  int64_t found = 0;
+  for (; found < count && (cursor->left > 0 || next_block(cursor)); --cursor->left) {
+    addresses[found++] = cursor->next;
+    cursor->next += cursor->stride;
   }
+  return found;
 }
 
 }  // namespace llm2_fast

@@ -33,7 +33,7 @@ struct PrefixStream {
 // Begins anew with `runs`, which must exist as long as the stream, and asks for the first positions.
 void start(PrefixStream* stream, const PrefixRun* runs, const PrefixRun* end);
 
-// Where the next `count` positions lie, as far as there are so many; leaves other addresses as they are.
-void next_positions(PrefixCursor* cursor, int64_t count, const void** addresses);
+// Finds where the next `count` positions lie. Returns how many there are.
+int64_t next_positions(PrefixCursor* cursor, int64_t count, const void** addresses);
 
 }  // namespace llm2_fast

@@ -1,6 +1,6 @@
 // What linear layers do with their sums, on every tier this machine can run: with weights of zero the sums are the
-// bias. And that a row's sums are the same alone and among many, whose products are divided otherwise. Exits with 1 if
-// a check fails.
+// bias. And that a row's sums are the same alone and among many, whose products are divided otherwise, and
+// which rows an update is added to. Exits with 1 if a check fails.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
